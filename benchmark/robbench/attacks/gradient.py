@@ -1,0 +1,275 @@
+"""The native gradient engine: FGSM, BIM, PGD and MIM are settings of one loop.
+
+FGSM: Goodfellow et al. 2015; BIM: Kurakin et al. 2017; PGD: Madry et al. 2018; MIM: Dong et al.
+2018. Differences to their texts: any norm of threat.py, any loss, the true label always, the worst
+iterate and restart kept per example. On a stochastic defense the gradient is the mean over the
+access's EOT draws, candidates are compared on selection draws common to all of them, and no
+example is given up for one lucky draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from robbench.attacks import attack, choose_targets
+from robbench.attacks.losses import choose
+from robbench.estimator import Access, Loss, random_state, set_random_state
+from robbench.threat import Eps, Norm, Threat, ascend, project, random_start
+
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+TRACED = 5  # steps of which the loss is kept
+Steps = Annotated[int, Field(ge=1)]
+Keep = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the loop moves; step is a length in units of the norm."""
+
+    steps: int
+    step: float
+    decay: float = 0.0
+    random: bool = True
+    restarts: int = 1
+    keep: Keep = "best"
+
+
+@attack("fgsm", norms=NORMS)
+def fgsm(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    random: bool = False,
+    loss: str = "auto",
+) -> Tensor:
+    """One step of length ε; with `random` from a random point of the ball (Wong et al. 2020)."""
+    plan = Plan(1, _eps(threat), random=random, keep="last")
+    return run(access, x, y, threat, rng, plan, loss)
+
+
+@attack("bim", norms=NORMS, aliases=("ifgsm",))
+def bim(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    steps: Steps = 20,
+    step: Eps | None = None,
+    loss: str = "auto",
+    keep: Keep = "best",
+) -> Tensor:
+    """Iterated FGSM from x itself; step defaults to 2.5 ε / steps."""
+    plan = Plan(steps, _step(threat, step, steps), random=False, keep=keep)
+    return run(access, x, y, threat, rng, plan, loss)
+
+
+@attack("pgd", norms=NORMS)
+def pgd(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    steps: Steps = 20,
+    step: Eps | None = None,
+    random: bool = True,
+    restarts: Steps = 1,
+    loss: str = "auto",
+    keep: Keep = "best",
+) -> Tensor:
+    """BIM from random points of the ball; restarts keep the worst point per example."""
+    plan = Plan(steps, _step(threat, step, steps), 0.0, random, restarts, keep)
+    return run(access, x, y, threat, rng, plan, loss)
+
+
+@attack("mim", norms=NORMS)
+def mim(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    steps: Steps = 20,
+    step: Eps | None = None,
+    decay: Annotated[float, Field(ge=0)] = 1.0,
+    loss: str = "auto",
+    keep: Keep = "best",
+) -> Tensor:
+    """BIM along an accumulated gradient, each normalised by its mean absolute value."""
+    plan = Plan(steps, _step(threat, step, steps), decay, random=False, keep=keep)
+    return run(access, x, y, threat, rng, plan, loss)
+
+
+def _eps(threat: Threat) -> float:
+    if threat.eps is None:
+        raise ValueError("a gradient attack needs an ε")
+    return float(threat.eps)
+
+
+def _step(threat: Threat, step: object, steps: int) -> float:
+    return 2.5 * _eps(threat) / steps if step is None else float(step)  # type: ignore[arg-type]
+
+
+def run(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    plan: Plan,
+    loss_name: str,
+) -> Tensor:
+    """All restarts, the worst point of each image; leaves the trace in access."""
+    loss = choose(access, loss_name)
+    target = choose_targets(access, x, y, threat, rng)
+    starts = [
+        random_start(x, threat.norm, _eps(threat), rng) if plan.random else x
+        for _ in range(plan.restarts)
+    ]
+    loop = _Loop(access, x, y, target, threat, plan, loss)
+    candidates: list[Tensor] = []
+    for index, start in enumerate(starts):
+        candidates += loop.climb(start, index)
+    worst, winner = worst_of(access, candidates, y, target, loss)
+    access.trace = loop.trace | {
+        "restart": (winner // (len(candidates) // len(starts))).cpu().numpy().astype(np.uint8)
+    }
+    return worst
+
+
+def worst_of(
+    access: Access, candidates: list[Tensor], y: Tensor, target: Tensor | None, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Per image the candidate that costs the defense most (share lost, then loss), and its index.
+
+    All are compared on the same selection draws, which scoring never sees again.
+    """
+    if len(candidates) == 1:
+        return candidates[0], torch.zeros_like(y)
+    state = random_state(access.device)
+    best = candidates[0]
+    winner = torch.zeros_like(y)
+    draws = 20 if access.draws > 1 else 5
+    for index, candidate in enumerate(candidates):
+        set_random_state(access.device, state)
+        lost, value = access.judge(candidate, y, loss, target, draws)
+        if index == 0:
+            best_lost, best_value = lost, value
+            continue
+        better = _worse_for_the_defense(lost, value, best_lost, best_value)
+        best = torch.where(_column(better, best), candidate, best)
+        best_lost = torch.where(better, lost, best_lost)
+        best_value = torch.where(better, value, best_value)
+        winner = winner.masked_fill(better, index)
+    return best, winner
+
+
+def _worse_for_the_defense(
+    lost: Tensor, value: Tensor, other_lost: Tensor, other_value: Tensor
+) -> Tensor:
+    return (lost > other_lost) | ((lost == other_lost) & (value > other_value))
+
+
+def _column(flags: Tensor, images: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (images.dim() - 1))
+
+
+class _Loop:
+    """One climb of the loss from a start, and the trace of the last one."""
+
+    def __init__(
+        self,
+        access: Access,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor | None,
+        threat: Threat,
+        plan: Plan,
+        loss: Loss,
+    ) -> None:
+        self.access, self.x, self.y, self.target = access, x, y, target
+        self.norm, self.eps, self.plan, self.loss = threat.norm, _eps(threat), plan, loss
+        self.losses = np.full((TRACED, len(x)), np.nan, dtype=np.float32)
+        self.zeros, self.dead = torch.zeros(len(x)), torch.zeros(len(x))
+
+    @property
+    def trace(self) -> dict[str, np.ndarray]:
+        """loss (5, N) at evenly spaced steps (NaN once broken); zero_gradient (N,) mean share of
+        zero pixels; dead (N,) share of steps whose whole gradient was zero."""
+        return {
+            "loss": self.losses.astype(np.float16),
+            "zero_gradient": self.zeros.numpy().astype(np.float16),
+            "dead": self.dead.numpy().astype(np.float16),
+        }
+
+    def climb(self, start: Tensor, restart: int = 0) -> list[Tensor]:
+        """The candidates of one start: the best iterate, and the last where that is uncertain."""
+        plan, access = self.plan, self.access
+        stops = access.exact and plan.keep == "best"
+        current, best = start.clone(), start.clone()
+        best_loss = torch.full((len(start),), float("-inf"), device=start.device)
+        momentum = torch.zeros_like(start) if plan.decay else None
+        active = torch.arange(len(start), device=start.device)
+        for step in range(plan.steps):
+            here = current[active]
+            aim = None if self.target is None else self.target[active]
+            value, gradient, lost = access.gradient(here, self.y[active], self.loss, aim)
+            self._note(step, active, value, gradient)
+            access.report(restart * plan.steps + step + 1, plan.restarts * plan.steps)
+            better = (value > best_loss[active]) | ((lost == 1) & stops)
+            best[active[better]], best_loss[active[better]] = here[better], value[better]
+            if stops and bool((lost == 1).any()):
+                going = lost < 1
+                active, here, gradient = active[going], here[going], gradient[going]
+                if not len(active):
+                    break
+            if momentum is not None:
+                size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
+                gradient = plan.decay * momentum[active] + gradient / size
+                momentum[active] = gradient
+            moved = here + plan.step * ascend(gradient, here, self.norm)
+            current[active] = project(moved, self.x[active], self.norm, self.eps)
+        if plan.keep == "last":
+            return [current]
+        if not stops:
+            return [best, current]
+        best[active] = self._better_end(current, best, best_loss, active)
+        return [best]
+
+    def _better_end(
+        self, current: Tensor, best: Tensor, best_loss: Tensor, active: Tensor
+    ) -> Tensor:
+        """The last iterate was never evaluated: one more pass says whether it is the best."""
+        if not len(active):
+            return best[active]
+        aim = None if self.target is None else self.target[active]
+        lost, value = self.access.judge(current[active], self.y[active], self.loss, aim, 1)
+        better = (lost == 1) | (value > best_loss[active])
+        return torch.where(_column(better, best), current[active], best[active])
+
+    def _note(self, step: int, active: Tensor, value: Tensor, gradient: Tensor) -> None:
+        if not bool(value.isfinite().all()) or not bool(gradient.isfinite().all()):
+            bad = int((~value.isfinite()).sum()) or int((~gradient.isfinite().flatten(1)).any(1).sum())
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {step} for {bad} images"
+            )
+        index, steps = active.cpu(), self.plan.steps
+        marks = np.linspace(0, steps - 1, TRACED).round().astype(int)
+        self.losses[np.ix_(np.flatnonzero(marks == step), index.numpy())] = value.cpu().numpy()
+        zero = (gradient == 0).flatten(1).float().mean(dim=1).cpu()
+        evaluations = steps * self.plan.restarts
+        self.zeros[index] += zero / evaluations
+        self.dead[index] += (zero == 1).float() / evaluations

@@ -1,0 +1,86 @@
+"""Attack losses: larger is worse for the defense; targeted variants grow towards the target.
+
+Score losses take (N, L) scores; draw losses take a whole Draw. y and target are (N,) int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from robbench.errors import unknown
+from robbench.estimator import Access, Draw, Loss
+
+ScoreLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def ce(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Cross-entropy, Goodfellow et al. 2015; targeted: minus that of the target."""
+    if target is None:
+        return F.cross_entropy(scores, y, reduction="none")
+    return -F.cross_entropy(scores, target, reduction="none")
+
+
+def margin(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Best other score minus the label's, Carlini & Wagner 2017, f6 without the clip."""
+    if target is None:
+        return _best_other(scores, y) - _pick(scores, y)
+    return _pick(scores, target) - _best_other(scores, target)
+
+
+def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Difference of logits ratio, Croce & Hein 2020, eq. 6 (targeted: eq. 7); scale-free.
+
+    Needs three labels, four when targeted; with fewer the missing ranks are the lowest one.
+    """
+    ranked = scores.sort(dim=-1, descending=True).values
+    third = ranked[..., min(2, ranked.shape[-1] - 1)]
+    if target is None:
+        return margin(scores, y) / (ranked[..., 0] - third).clamp_min(1e-12)
+    fourth = ranked[..., min(3, ranked.shape[-1] - 1)]
+    scale = (ranked[..., 0] - (third + fourth) / 2).clamp_min(1e-12)
+    return (_pick(scores, target) - _pick(scores, y)) / scale
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The mean over draws and members of the margin clipped at kappa: a draw that is already
+    lost stops to count, so the attack gains more votes instead of a larger mean.
+
+    per_draw: the loss is a mean over draws, so its gradient can be summed pass by pass.
+    """
+
+    kappa: float = 1.0
+    per_draw: ClassVar[bool] = True
+
+    def __call__(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        shape = draw.logits.shape[:-1]  # (S, M, N)
+        aim = None if target is None else target.expand(shape)
+        return margin(draw.logits, y.expand(shape), aim).clamp_max(self.kappa).mean(dim=(0, 1))
+
+
+SCORE_LOSSES: dict[str, ScoreLoss] = {"ce": ce, "margin": margin, "dlr": dlr}
+DRAW_LOSSES: dict[str, Loss] = {"vote": Votes()}
+
+
+def choose(access: Access, name: str) -> Loss:
+    """The loss of this name; 'auto' is the defense's own in the setting adaptive, else CE."""
+    if name == "auto":
+        return access.loss or access.score_loss(ce)
+    if name in SCORE_LOSSES:
+        return access.score_loss(SCORE_LOSSES[name])
+    if name in DRAW_LOSSES:
+        return DRAW_LOSSES[name]
+    raise unknown("loss", name, ["auto", *SCORE_LOSSES, *DRAW_LOSSES])
+
+
+def _pick(scores: Tensor, label: Tensor) -> Tensor:
+    return scores.gather(-1, label[..., None])[..., 0]
+
+
+def _best_other(scores: Tensor, label: Tensor) -> Tensor:
+    return scores.scatter(-1, label[..., None], float("-inf")).amax(dim=-1)

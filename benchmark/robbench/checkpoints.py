@@ -1,0 +1,204 @@
+"""Trained weights by key: looked up beside the records, then in the user's cache, else trained.
+
+A checkpoint is KEY.safetensors and KEY.json, the recipe with the SHA-256 of the weights. Nothing
+here ever unpickles code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from robbench.datasets import Dataset
+from robbench.defense import Defense, resolve
+from robbench.errors import InputError
+from robbench.estimator import Deployed, MeanProbabilities, preserved_random_state
+from robbench.networks import load_torchvision, torchvision_weights
+from robbench.registry import Spec
+from robbench.training import Progress, derive, train
+
+
+class Trained(NamedTuple):
+    """A deployed defense and the keys of the checkpoints it is made of."""
+
+    deployed: Deployed
+    keys: tuple[str, ...]
+
+
+def cache_folder() -> Path:
+    """Where checkpoints of the user's own runs lie: $ROBBENCH_CACHE or ~/.cache/robbench."""
+    root = os.environ.get("ROBBENCH_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "robbench") / "checkpoints"
+
+
+def key_of(defense: Defense, dataset: Dataset, train_seed: int) -> str:
+    """SHA-256 of all that decides the weights."""
+    base = defense.base_spec()
+    identity = {
+        "dataset": dataset.hash,
+        "defense": str(defense.training_spec),
+        "version": defense.version,
+        "base": key_of(resolve(base)[0], dataset, train_seed) if base else defense.base,
+        "train_seed": train_seed,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def wanted(text: str | Spec, dataset: Dataset, train_seed: int) -> list[list[Defense]]:
+    """The defenses that a spec needs trained, in waves: bases first."""
+    waves: list[list[Defense]] = []
+    for defense in resolve(text):
+        chain = [defense]
+        while base := chain[-1].base_spec():
+            chain.append(resolve(base)[0])
+        for depth, link in enumerate(reversed(chain)):
+            if len(waves) <= depth:
+                waves.append([])
+            waves[depth].append(link)
+    return waves
+
+
+class Shelf:
+    """Checkpoints in several folders: read from any, written to the last."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = list(folders)
+
+    def find(self, key: str) -> Path | None:
+        for folder in self.folders:
+            if (folder / f"{key}.json").exists():
+                return folder / f"{key}.safetensors"
+        return None
+
+    def deploy(
+        self,
+        text: str | Spec,
+        dataset: Dataset,
+        train_seed: int,
+        device: torch.device,
+        progress: Progress = lambda done, total: None,
+    ) -> Trained:
+        """The defense ready to be attacked; trains what no folder has."""
+        parts = resolve(text)
+        members, keys = nn.ModuleList(), []
+        for defense in parts:
+            own, key = self.members(defense, dataset, train_seed, device, progress)
+            members.extend(own)
+            keys.append(key)
+        rule = parts[0].rule() if len(parts) == 1 else MeanProbabilities()
+        draws = max(defense.draws for defense in parts)
+        deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
+        return Trained(deployed, tuple(keys))
+
+    def members(
+        self,
+        defense: Defense,
+        dataset: Dataset,
+        train_seed: int,
+        device: torch.device,
+        progress: Progress = lambda done, total: None,
+    ) -> tuple[nn.ModuleList, str]:
+        """Trained members in evaluation mode, and their checkpoint's key."""
+        key = key_of(defense, dataset, train_seed)
+        with preserved_random_state():
+            torch.manual_seed(derive("init", train_seed, key))
+            members = defense.build(dataset.shape, len(dataset.labels))
+            path = self.find(key)
+            if path:
+                _load(members, path)
+            else:
+                self._start(defense, members, dataset, train_seed, device)
+                members.to(device)
+                train(defense, members, dataset, train_seed, device, progress)
+                self._save(members, key, defense, dataset, train_seed)
+        return members.to(device).eval(), key
+
+    def _start(
+        self,
+        defense: Defense,
+        members: nn.ModuleList,
+        dataset: Dataset,
+        train_seed: int,
+        device: torch.device,
+    ) -> None:
+        """Copy the base's weights into every member; noise modules have none of their own."""
+        if defense.base is None:
+            return
+        if defense.base.startswith("torchvision:"):
+            architecture = Spec.parse(defense.network).name
+            state = torchvision_weights(architecture, defense.base.partition(":")[2])
+            for member in members:
+                load_torchvision(member, state)
+            return
+        base = defense.base_spec()
+        assert base is not None
+        sources, _ = self.members(resolve(base)[0], dataset, train_seed, device)
+        for index, member in enumerate(members):
+            source = sources[index % len(sources)]
+            try:
+                member.load_state_dict(source.state_dict())
+            except RuntimeError:
+                raise InputError(
+                    f"{defense.name} cannot start from {base}: the networks differ;"
+                    f" give both the same network"
+                ) from None
+
+    def _save(
+        self, members: nn.ModuleList, key: str, defense: Defense, dataset: Dataset, seed: int
+    ) -> None:
+        """Weights first, recipe last, each renamed into place: a killed run leaves nothing half."""
+        folder = self.folders[-1]
+        path, temporary = folder / f"{key}.safetensors", folder / f".{key}.{os.getpid()}.tmp"
+        state = {name: tensor.cpu().contiguous() for name, tensor in members.state_dict().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, temporary)
+            recipe: dict[str, Any] = {
+                "key": key,
+                "defense": str(defense.spec),
+                "version": defense.version,
+                "fields": defense.model_dump(mode="json"),
+                "dataset": dataset.name,
+                "dataset_hash": dataset.hash,
+                "train_seed": seed,
+                "sha256": _sha256(temporary),
+                "torch": torch.__version__,
+            }
+            temporary.replace(path)
+            temporary.write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n")
+            temporary.replace(folder / f"{key}.json")
+        except (OSError, safetensors.SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(
+                f"cannot write the checkpoint to {folder}: {error};"
+                " free space or set ROBBENCH_CACHE to another folder"
+            ) from None
+
+
+def _load(members: nn.ModuleList, path: Path) -> None:
+    """Load weights after checking their hash; damage is named with the remedy."""
+    recipe_path = path.with_suffix(".json")
+    remedy = f"delete {path} and {recipe_path.name} beside it, and it is trained again"
+    try:
+        recipe = json.loads(recipe_path.read_text())
+        if _sha256(path) != recipe["sha256"]:
+            raise InputError(f"checkpoint {path} is damaged: its SHA-256 differs; {remedy}")
+        members.load_state_dict(load_file(path))
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint {path} cannot be read ({problem}); {remedy}") from None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

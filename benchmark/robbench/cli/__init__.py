@@ -1,0 +1,105 @@
+"""The command line: parse, call, print. torch is imported only inside commands that need it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from robbench.errors import InputError
+
+COMMANDS = {
+    "run": ("robbench.cli.running", "Run attacks on defenses and print the table."),
+    "train": ("robbench.cli.running", "Train a defense and keep its checkpoint."),
+    "list": ("robbench.cli.showing", "List defenses, attacks, datasets or networks."),
+    "leaderboard": ("robbench.cli.showing", "Write the tables of a folder from its records."),
+    "compare": ("robbench.cli.showing", "Compare two defenses, paired, with p-values."),
+    "verify": ("robbench.cli.running", "Run a record again and say whether it holds."),
+    "data": ("robbench.cli.showing", "Fetch a dataset and say where it is."),
+    "completion": ("robbench.cli.showing", "Print the completion script of a shell."),
+}
+
+
+class Mistake(click.ClickException):
+    """A mistake of the user: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"robbench: {self.format_message()}", err=True)
+
+
+class Lazy(click.Group):
+    """Commands by name; a module is imported when its command is called or its help is shown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        found = getattr(importlib.import_module(COMMANDS[name][0]), f"{name}_command")
+        assert isinstance(found, click.Command)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from robbench.errors import unknown
+
+            raise Mistake(str(unknown("command", args[0], COMMANDS)))
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise Mistake(str(error)) from None
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="robbench", message="%(prog)s %(version)s")
+def cli() -> None:
+    """What an adversarial defense is really worth.
+
+    \b
+    robbench run --defense ito --attack pgd
+    """
+
+
+def main() -> None:
+    """The console script. An interrupted run keeps every finished cell."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("robbench: interrupted; finished cells are kept, run it again to go on", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def check_installation() -> None:
+    """torch and torchvision that do not fit together fail here, in words, and not later."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("torchvision.ops")
+    except Exception as error:
+        from importlib.metadata import version
+
+        raise InputError(
+            f"torch {version('torch')} and torchvision {version('torchvision')} do not fit together"
+            f" ({' '.join(str(error).split())[:120]}); install a pair that does:"
+            " pip install --force-reinstall torch torchvision"
+        ) from None

@@ -1,0 +1,288 @@
+"""Commands that compute: run, train, verify."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from robbench.cli import check_installation
+from robbench.cli.options import attack_option, common, defense_option
+from robbench.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from robbench.datasets import Dataset
+    from robbench.grid import Block, Cell
+    from robbench.runner import Shared
+
+
+@click.command("run")
+@defense_option(required=False)
+@attack_option
+@click.option("--norm", help="linf, l2, l1, …; a comma list is a grid.  [default: linf]")
+@click.option("--eps", help="ε such as 8/255 or 0.1,0.2.  [default: the dataset's list]")
+@click.option("--setting", help="whitebox, adaptive, transfer, blackbox.")
+@click.option("--oracle", help="Defenses that transfer attacks are crafted on.")
+@click.option("--eot", type=click.IntRange(1), default=20, show_default=True, help="Draws behind a gradient.")
+@click.option("--target", default="none", show_default=True, help="A label, random, or least-likely.")
+@click.option("--baseline", default="standard,pgd-at", show_default=True, help="Or none.")
+@click.option("--dataset", default="digits", show_default=True, help="A name or folder:PATH.")
+@click.option("-n", "count", type=int, help="Test images.  [default: 500]")
+@click.option("--preset", default="quick", show_default=True, help="quick or paper.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Attack seeds 0, 1, ….")
+@click.option("--train-seeds", type=click.IntRange(1), default=1, show_default=True, help="Trained models.")
+@click.option("--set", "assignments", multiple=True, help="defense.KEY=V or attack.KEY=V.")
+@click.option("--grid", type=click.Path(path_type=Path), help="A YAML file instead of the above.")
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
+@click.option("--json", "as_json", is_flag=True, help="Rows as JSON on stdout, no progress.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only the table.")
+@common
+def run_command(**options: Any) -> None:
+    """Run attacks on a defense and on baselines, write records and the leaderboard.
+
+    What is already recorded is not run again; an interrupted run goes on where it was.
+
+    \b
+    robbench run --defense ito --attack pgd
+    robbench run --defense 'ito(omega=0.2)' --attack pgd,fgsm --norm linf,l2
+    robbench run --defense ito --attack pgd --setting transfer --oracle standard
+    robbench run --grid grid.yaml
+    """
+    blocks = _blocks(options)
+    check_installation()
+    from robbench.cli.terminal import Console
+    from robbench.executors import measure
+    from robbench.records import Store
+    from robbench.runner import Shared
+    from robbench.tables import Row, rows
+
+    shared = Shared(options["out"], options["data_dir"], device(options["device"]))
+    cells = _cells(blocks, options)
+    store = Store(options["out"])
+    store.check_writable()
+    known = {cell.id: store.get(cell) for cell in cells}
+    missing = [cell for cell in cells if known[cell.id] is None]
+    console = Console(quiet=options["quiet"] or options["as_json"])
+    workers = options["workers"] or os.cpu_count() or 1
+    with console.progress(missing, shared) as progress:
+        for record in measure(
+            missing, store, shared, workers, progress.report, progress.finished
+        ):
+            known[record.cell.id] = record
+            progress.record(record)
+    found = [record for record in known.values() if record is not None]
+    made: list[Row] = rows(found)
+    for name in dict.fromkeys(cell.dataset for cell in cells):
+        write_board(store, name)
+    if options["as_json"]:
+        from robbench.tables import flat
+
+        click.echo(json.dumps([flat(row) for row in made], indent=1))
+    else:
+        console.table(made, options["out"])
+    failed = [row for row in made if row.metrics is None]
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
+    """All cells in reading order, each once."""
+    from robbench import datasets
+
+    cells: dict[str, Cell] = {}
+    for block in blocks:
+        dataset = datasets.load(block.dataset, options["data_dir"])
+        for cell in block.cells(dataset, options["preset"]):
+            cells.setdefault(cell.id, cell)
+    if not cells:
+        raise InputError(
+            "nothing to run: a deterministic defense has no adaptive cell of its own (it equals"
+            " whitebox), and an oracle is not transferred to itself"
+        )
+    return list(cells.values())
+
+
+def _blocks(options: dict[str, Any]) -> list[Block]:
+    from pydantic import ValidationError
+
+    from robbench.grid import Block, read_blocks
+
+    if options["grid"]:
+        if options["defense"] or options["attack"]:
+            raise InputError("give either --grid or --defense and --attack, not both")
+        return read_blocks(options["grid"])
+    if not options["defense"]:
+        raise InputError("say what to attack: --defense ito (see 'robbench list defenses')")
+    defense = _with_settings(options["defense"], "defense", options["assignments"])
+    attack = _with_settings(options["attack"] or "pgd", "attack", options["assignments"])
+    baseline = options["baseline"]
+    names = ",".join([defense, *([] if baseline in ("none", "") else [baseline])])
+    fields = {
+        "dataset": options["dataset"],
+        "n": options["count"],
+        "defense": names,
+        "attack": attack,
+        "norm": options["norm"],
+        "eps": options["eps"],
+        "setting": options["setting"],
+        "oracle": options["oracle"] or [],
+        "eot": options["eot"],
+        "target": options["target"],
+        "seed": list(range(options["seeds"])),
+        "train_seed": list(range(options["train_seeds"])),
+    }
+    try:
+        return [Block(**{key: value for key, value in fields.items() if value is not None})]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{key} = {problem['input']!r}: {problem['msg']}") from None
+
+
+def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
+    """Apply --set KIND.KEY=VALUE to every spec of a comma list."""
+    from robbench.registry import Spec, split_list
+
+    settings: dict[str, object] = {}
+    for assignment in assignments:
+        left, equals, value = assignment.partition("=")
+        owner, dot, key = left.partition(".")
+        if not equals or not dot or owner not in ("defense", "attack"):
+            raise InputError(f"--set {assignment!r}: write defense.KEY=VALUE or attack.KEY=VALUE")
+        if owner == kind:
+            settings[key] = dict(Spec.parse(f"x({key}={value})").settings)[key]
+    if not settings:
+        return text
+    return ",".join(str(Spec.parse(item).with_settings(settings)) for item in split_list(text))
+
+
+def device(name: str) -> torch.device:
+    """auto takes cuda, then mps, then the CPU; what is not there is an InputError."""
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        raise InputError(f"there is no {name} device here; write --device auto or --device cpu")
+    return torch.device(name)
+
+
+def write_board(store: Any, dataset: str) -> None:
+    """The generated pages of one dataset."""
+    from robbench.records import unwritable
+    from robbench.tables import pages
+
+    for name, text in pages(dataset, list(store.all(dataset))).items():
+        path = store.root / name
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise unwritable(store.root, error) from None
+
+
+@click.command("train")
+@defense_option(required=True)
+@click.option("--dataset", default="digits", show_default=True, help="A name or folder:PATH.")
+@click.option("--preset", default="quick", show_default=True, help="quick or paper.")
+@click.option("--train-seed", type=int, default=0, show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@common
+def train_command(
+    defense: str,
+    dataset: str,
+    preset: str,
+    train_seed: int,
+    quiet: bool,
+    out: Path,
+    data_dir: Path | None,
+    device: str,
+) -> None:
+    """Train a defense, and what it is built on, unless a checkpoint is there; say where it lies."""
+    check_installation()
+    from robbench import datasets
+    from robbench.checkpoints import key_of
+    from robbench.cli.terminal import Console
+    from robbench.defense import resolve, with_preset
+    from robbench.runner import Shared
+
+    shared = Shared(out, data_dir, globals()["device"](device))
+    data: Dataset = datasets.load(dataset, data_dir)
+    spec = with_preset(defense, preset, data.name)
+    with Console(quiet=quiet).training(str(spec)) as report:
+        shared.deploy(str(spec), data, train_seed, report)
+    for part in resolve(spec):
+        key = key_of(part, data, train_seed)
+        click.echo(f"{part.spec}: {shared.shelf.find(key)}")
+
+
+@click.command("verify")
+@click.argument("record", type=click.Path(path_type=Path))
+@common
+def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) -> None:
+    """Run a record again and say whether it holds: bitwise, within the interval, or not (exit 1).
+
+    RECORD is the path of a record's JSON file; checkpoints are looked up beside it.
+    """
+    check_installation()
+    from robbench.executors import measure
+    from robbench.metrics import metrics
+    from robbench.records import read
+    from robbench.runner import Shared
+
+    if not record.exists():
+        raise InputError(f"there is no record {record}; give the path of a file below records/")
+    old = read(record)
+    if old is None:
+        raise InputError(f"the record {record} is of another schema version")
+    if old.status != "ok":
+        raise InputError(f"the record {record} is of a failed cell ({old.reason})")
+    beside = record.resolve().parents[3] if len(record.resolve().parents) > 3 else out
+    shared = Shared(beside, data_dir, globals()["device"](device))
+    _check_identity(old.cell, shared)
+    new = next(measure([old.cell], None, shared))
+    if new.status != "ok":
+        click.echo(f"does not hold: the cell fails now ({new.reason})")
+        click.get_current_context().exit(1)
+    was, now = metrics(old), metrics(new)
+    figures = f"accuracy {100 * was.accuracy.value:.2f} % then, {100 * now.accuracy.value:.2f} % now"
+    same = all(
+        bool((getattr(old, key) == getattr(new, key)).all()) for key in ("ok", "err", "distance")
+    )
+    low, high = was.accuracy.interval
+    if same:
+        click.echo(f"holds bitwise: {figures}")
+    elif low <= now.accuracy.value <= high:
+        click.echo(f"holds within the interval {100 * low:.2f}–{100 * high:.2f} %: {figures}")
+    else:
+        click.echo(f"does not hold: {figures}, outside {100 * low:.2f}–{100 * high:.2f} %")
+        click.get_current_context().exit(1)
+
+
+def _check_identity(cell: Cell, shared: Shared) -> None:
+    """A record of other data or of another version cannot be re-run, only contradicted."""
+    from robbench.attacks import Configured
+    from robbench.defense import resolve
+
+    data = shared.dataset(cell.dataset).hash[:16]
+    if data != cell.data:
+        raise InputError(f"the data differ: {cell.dataset} has the hash {data}, not {cell.data}")
+    version = "&".join(str(part.version) for part in resolve(cell.defense))
+    attack = Configured.of(cell.attack).entry.version
+    if (version, attack) != (cell.defense_version, cell.attack_version):
+        raise InputError(
+            f"{cell.defense} or {cell.attack} has another version now: its numbers have changed"
+        )

@@ -1,0 +1,115 @@
+"""Commands that show: list, leaderboard, compare, data, completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from robbench.cli import check_installation
+from robbench.errors import InputError, unknown
+
+KINDS = ("defenses", "attacks", "datasets", "networks")
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(KINDS))
+def list_command(kind: str) -> None:
+    """List what specs can name, with what each can do."""
+    check_installation()
+    from robbench import listing
+
+    click.echo(getattr(listing, kind)())
+
+
+@click.command("leaderboard")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("leaderboards"),
+    show_default=True,
+    help="Folder of records.",
+)
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page differs.")
+def leaderboard_command(out: Path, check: bool) -> None:
+    """Write DATASET.md and DATASET.csv from the records below OUT."""
+    from robbench.cli.running import write_board
+    from robbench.records import Store
+    from robbench.tables import pages
+
+    store = Store(out)
+    by_dataset: dict[str, list[object]] = {}
+    for record in store.all():
+        by_dataset.setdefault(record.cell.dataset, []).append(record)
+    if not by_dataset:
+        raise InputError(f"there are no records below {store.folder}; 'robbench run' writes some")
+    differing = []
+    for dataset, records in by_dataset.items():
+        if not check:
+            write_board(store, dataset)
+            continue
+        for name, text in pages(dataset, records).items():  # type: ignore[arg-type]
+            path = out / name
+            if not path.exists() or path.read_text() != text:
+                differing.append(str(path))
+    if differing:
+        click.echo(f"not what the records say: {', '.join(differing)}; run 'robbench leaderboard'")
+        click.get_current_context().exit(1)
+    click.echo(f"{'checked' if check else 'wrote'} {', '.join(by_dataset)} in {out}")
+
+
+@click.command("compare")
+@click.argument("a")
+@click.argument("b")
+@click.option("--dataset", default="digits", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("leaderboards"),
+    show_default=True,
+    help="Folder of records.",
+)
+def compare_command(a: str, b: str, dataset: str, out: Path) -> None:
+    """Compare A and B on the same images wherever both were attacked alike.
+
+    A and B are defense specs, with @SETTING to choose one (ito@whitebox ito@adaptive), or paths of
+    two records. p: exact McNemar for deterministic defenses, else a paired sign-flip permutation
+    test; then Holm over the table.
+    """
+    from robbench.compare import compare
+
+    click.echo(compare(a, b, dataset, out))
+
+
+@click.command("data")
+@click.argument("name")
+@click.option("--data-dir", type=click.Path(path_type=Path), envvar="ROBBENCH_DATA")
+def data_command(name: str, data_dir: Path | None) -> None:
+    """Fetch a dataset, check it by loading it, and say where it is."""
+    check_installation()
+    from robbench import datasets
+
+    if name == "digits":
+        click.echo("digits is embedded in scikit-learn; there is nothing to fetch")
+        return
+    place = datasets.fetch(name, data_dir)
+    loaded = datasets.load(name, data_dir)
+    click.echo(f"{name}: {len(loaded.test.y)} test images, hash {loaded.hash[:16]}, in {place}")
+
+
+@click.command("completion")
+@click.argument("shell")
+def completion_command(shell: str) -> None:
+    """Print the completion script of bash, zsh or fish.
+
+    \b
+    robbench completion bash >> ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    from robbench.cli import cli
+
+    found = get_completion_class(shell)
+    if found is None:
+        raise unknown("shell", shell, ["bash", "zsh", "fish"])
+    click.echo(found(cli, {}, "robbench", "_ROBBENCH_COMPLETE").source())

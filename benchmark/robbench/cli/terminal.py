@@ -1,0 +1,193 @@
+"""What people see: progress and tables, by rich; plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robbench import tables
+from robbench.tables import Row
+from robbench.threat import format_eps
+
+if TYPE_CHECKING:
+    from robbench.executors import Task
+    from robbench.grid import Cell
+    from robbench.records import Record
+    from robbench.runner import Shared
+
+COLUMNS = (
+    ("accuracy", "accuracy"),
+    ("incorrect", "incorrect"),
+    ("abstained", "abstained"),
+    ("correct_or_abstained", "correct+\nabstained"),
+)
+
+
+class Console:
+    """Progress goes to stderr, tables to stdout."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.out = rich.console.Console(highlight=False)
+        self.err = rich.console.Console(stderr=True, highlight=False)
+
+    @contextlib.contextmanager
+    def progress(self, cells: Sequence[Cell], shared: Shared) -> Iterator[Silent]:
+        if self.quiet or not cells:
+            yield Silent()
+        elif not self.err.is_terminal:
+            yield Lines(self.err, len(cells))
+        else:
+            from robbench.executors import plan
+
+            bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+                console=self.err,
+                transient=True,
+            )
+            with bars:
+                total = sum(task.weight for task in plan(cells, shared))
+                yield Bars(bars, total, len(cells))
+
+    @contextlib.contextmanager
+    def training(self, label: str) -> Iterator[Any]:
+        if self.quiet or not self.err.is_terminal:
+            yield lambda done, total: None
+            return
+        with Progress(console=self.err, transient=True) as bars:
+            bar = bars.add_task(f"train {label}")
+            yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+    def table(self, made: Sequence[Row], out: Path) -> None:
+        """One table per norm and attack, 80 columns wide; each share above its interval."""
+        finished = [row for row in made if row.metrics is not None]
+        for title, group in tables.groups(finished):
+            dataset = group[0].cell.dataset
+            self.out.print(_table(f"{dataset}: {title}", group))
+        for row in made:
+            if row.metrics is None:
+                self.out.print(f"[red]failed[/red] {row.cell}: {_safe(row.note)}", soft_wrap=True)
+        self.out.print(
+            "accuracy under attack, %, above its 95 % interval (images only: an upper bound on"
+            " true robustness). cost: passes per image, seconds.",
+            style="dim",
+        )
+        boards = ", ".join(
+            str(out / f"{tables.page_name(name)}.md")
+            for name in dict.fromkeys(row.cell.dataset for row in made)
+        )
+        self.out.print(f"records and tables: {boards}", style="dim", soft_wrap=True)
+
+
+def _safe(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _table(title: str, group: Sequence[Row]) -> Table:
+    table = Table(title=title, title_justify="left", width=80, box=None, padding=(0, 1, 0, 0))
+    table.add_column("defense", overflow="fold", ratio=2)
+    table.add_column("setting", overflow="fold", ratio=2)
+    table.add_column("ε", justify="right")
+    for _, heading in COLUMNS:
+        table.add_column(heading, justify="right", min_width=9)
+    table.add_column("cost", justify="right", min_width=5)
+    previous = None
+    for row in group:
+        assert row.metrics is not None and row.record is not None
+        cell = row.cell
+        key = (cell.defense, tables.setting_text(cell, tables.deterministic(row)))
+        shares = [getattr(row.metrics, name) for name, _ in COLUMNS]
+        names = key if key != previous else ("", "")
+        table.add_row(
+            _safe(names[0]),
+            _safe(names[1]),
+            format_eps(cell.threat.eps),
+            *(f"{tables.percent(share)}\n{tables.interval(share)}" for share in shares),
+            tables.cost(row.record).replace(" ", "\n"),
+        )
+        previous = key
+    return table
+
+
+class Silent:
+    """Nothing is shown."""
+
+    def report(self, task: Task, done: int, total: int) -> None:
+        """A task is at `done` of `total` steps."""
+
+    def finished(self, task: Task) -> None:
+        """A task is done."""
+
+    def record(self, record: Record) -> None:
+        """A cell has its record."""
+
+
+class Lines(Silent):
+    """A line for each training and each cell, for pipes and logs."""
+
+    def __init__(self, console: rich.console.Console, cells: int) -> None:
+        self.console, self.cells, self.done = console, cells, 0
+        self.started = time.monotonic()
+
+    def finished(self, task: Task) -> None:
+        if task.kind == "train":
+            self._print(f"trained {task.label.removeprefix('train ')}")
+
+    def record(self, record: Record) -> None:
+        self.done += 1
+        self._print(f"[{self.done}/{self.cells}] {_summary(record)}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(
+            f"{time.monotonic() - self.started:6.1f} s  {text}", soft_wrap=True, markup=False
+        )
+
+
+class Bars(Silent):
+    """A bar for the whole run with the time left, and one for each task that is running."""
+
+    def __init__(self, bars: Progress, total: float, cells: int) -> None:
+        self.bars, self.cells, self.done = bars, cells, 0
+        self.whole = bars.add_task(f"0 of {cells} cells", total=total)
+        self.tasks: dict[str, TaskID] = {}
+        self.shares: dict[str, float] = {}
+
+    def report(self, task: Task, done: int, total: int) -> None:
+        if task.id not in self.tasks:
+            self.tasks[task.id] = self.bars.add_task(f"  {task.label}"[:44], total=total)
+        self.bars.update(self.tasks[task.id], completed=done, total=total)
+        self._advance(task, done / max(total, 1))
+
+    def finished(self, task: Task) -> None:
+        if task.id in self.tasks:
+            self.bars.remove_task(self.tasks.pop(task.id))
+        self._advance(task, 1.0)
+
+    def record(self, record: Record) -> None:
+        self.done += 1
+        self.bars.update(self.whole, description=f"{self.done} of {self.cells} cells")
+
+    def _advance(self, task: Task, share: float) -> None:
+        self.bars.advance(self.whole, (share - self.shares.get(task.id, 0.0)) * task.weight)
+        self.shares[task.id] = share
+
+
+def _summary(record: Record) -> str:
+    if record.status != "ok":
+        return f"{record.cell}: failed: {record.reason}"
+    from robbench.metrics import metrics
+
+    accuracy = metrics(record).accuracy
+    return f"{record.cell}: accuracy {tables.percent(accuracy)} % ({tables.interval(accuracy)})"

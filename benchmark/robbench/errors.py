@@ -1,0 +1,25 @@
+"""What a user did wrong, in one line: the command line prints it without a traceback and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input; the message says what came in, what is allowed and what to write instead."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> InputError:
+    """The error for a name that does not exist, with the nearest ones that do.
+
+    >>> str(unknown("defense", "itto", ["ito", "standard"]))
+    "unknown defense 'itto'; did you mean 'ito'?"
+    """
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    if near:
+        advice = f"did you mean {' or '.join(repr(option) for option in near)}?"
+    else:
+        advice = f"known: {', '.join(options)}" if len(options) <= 20 else "see 'robbench list'"
+    return InputError(f"unknown {kind} {name!r}; {advice}" + (f" {hint}" if hint else ""))

@@ -1,0 +1,91 @@
+"""Accuracies with intervals, from records alone; the accounting for stochastic and abstaining
+defenses. All shares are per image, means over images are what is reported."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from robbench import statistics
+from robbench.records import Record
+from robbench.statistics import Interval
+
+
+class Measure(NamedTuple):
+    """A share in [0, 1] with its 95 % interval; nan where it is not defined."""
+
+    value: float
+    interval: Interval
+
+
+class Metrics(NamedTuple):
+    """What a table can show of one record."""
+
+    accuracy: Measure  # right on x', the usual published figure
+    incorrect: Measure  # wrong on x' and not abstained
+    abstained: Measure
+    correct_or_abstained: Measure  # 1 - incorrect
+    robust: Measure  # right on x and right on x', our headline
+    conditional: Measure  # right on x', among the images right when clean
+    clean: Measure
+    clean_abstained: Measure
+    draw_error: float  # standard error that the draws alone cause, nan for one draw
+
+
+def metrics(record: Record) -> Metrics:
+    """The accuracies of a finished record."""
+    if record.ok is None or record.err is None or record.status != "ok":
+        raise ValueError(f"record {record.id} has no outcomes: {record.reason}")
+    assert record.clean_ok is not None and record.clean_err is not None
+    r = record.draws
+    ok, err, clean_ok, clean_err = (
+        array.astype(np.float64) / r
+        for array in (record.ok, record.err, record.clean_ok, record.clean_err)
+    )
+    # draws on x and on x' are independent, so the joint share of an image is the product
+    both = ok * clean_ok
+    return Metrics(
+        accuracy=share(ok, r),
+        incorrect=share(err, r),
+        abstained=share(1 - ok - err, r),
+        correct_or_abstained=share(1 - err, r),
+        robust=share(both, r),
+        conditional=_conditional(both, clean_ok, r),
+        clean=share(clean_ok, r),
+        clean_abstained=share(1 - clean_ok - clean_err, r),
+        draw_error=statistics.draw_error(record.ok, r),
+    )
+
+
+def share(values: np.ndarray, draws: int) -> Measure:
+    """Mean of per-image shares: Wilson or Clopper-Pearson for one deterministic draw, else an
+    interval over images. Draws are never pooled: images are the sampling unit."""
+    values = np.clip(values, 0, 1)
+    if draws == 1:
+        return Measure(
+            float(values.mean()), statistics.proportion(int(round(values.sum())), len(values))
+        )
+    return Measure(float(values.mean()), statistics.mean(values))
+
+
+def _conditional(both: np.ndarray, clean: np.ndarray, draws: int) -> Measure:
+    if not clean.any():
+        return Measure(float("nan"), Interval(float("nan"), float("nan")))
+    if draws == 1:
+        return share(both[clean == 1], 1)
+    return Measure(float(both.sum() / clean.sum()), statistics.ratio(both, clean))
+
+
+def persistent(record: Record, k: int) -> Measure:
+    """RA@k: the share of images on which k fresh draws are all right (Lucas et al. 2023)."""
+    assert record.ok is not None
+    failures = record.draws - record.ok.astype(int)
+    values = statistics.survival(failures, record.draws, k)
+    return Measure(float(values.mean()), statistics.mean(values))
+
+
+def outcomes(record: Record) -> np.ndarray:
+    """(N,) per-image shares right on x'."""
+    assert record.ok is not None
+    return record.ok.astype(np.float64) / record.draws

@@ -1,0 +1,152 @@
+"""Records: what running a cell left, raw, one JSON file each; and the folder they lie in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from robbench.errors import InputError
+from robbench.grid import Cell
+
+SCHEMA = 1
+
+
+def _encode(array: np.ndarray) -> dict[str, Any]:
+    """dtype, shape and the zlib-compressed little-endian bytes in base64."""
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    data = base64.b64encode(zlib.compress(little.tobytes(), 9)).decode()
+    return {"dtype": little.dtype.str, "shape": list(array.shape), "zlib": data}
+
+
+def _decode(value: object) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "zlib"}:
+        raise ValueError("not an array of dtype, shape and zlib")
+    raw = zlib.decompress(base64.b64decode(value["zlib"], validate=True))
+    dtype = np.dtype(value["dtype"])
+    if dtype.kind not in "biuf":
+        raise ValueError(f"arrays of {dtype} are not read")
+    return np.frombuffer(raw, dtype).reshape(value["shape"])
+
+
+Array = Annotated[np.ndarray, BeforeValidator(_decode), PlainSerializer(_encode)]
+
+
+class Record(BaseModel):
+    """The raw outcome of a cell; metrics, intervals and flags are derived from it.
+
+    draws is r, the fresh scoring draws. ok, err, clean_ok and clean_err (N,) uint8 count draws
+    that were right, and wrong but not abstained, on x' and on x. distance (N,) float32 in the
+    cell's norm. A failed cell has a reason and no numbers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    schema_version: int = SCHEMA
+    id: str
+    cell: Cell
+    status: Literal["ok", "failed"] = "ok"
+    reason: str | None = None
+    draws: int = 1
+    ok: Array | None = None
+    err: Array | None = None
+    clean_ok: Array | None = None
+    clean_err: Array | None = None
+    distance: Array | None = None
+    trace: dict[str, Array] = {}
+    cost: dict[str, float] = {}
+    provenance: dict[str, Any] = {}
+
+    def text(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+class Store:
+    """Records below a folder: records/DATASET/DEFENSE/ID.json."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "records"
+
+    def path(self, cell: Cell) -> Path:
+        defense = _folder_name(cell.defense)
+        return self.folder / _folder_name(cell.dataset) / defense / f"{cell.id[:20]}.json"
+
+    def get(self, cell: Cell) -> Record | None:
+        """The finished record of a cell; None where there is none or only a failed one."""
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        record = read(path)
+        return record if record is not None and record.status == "ok" else None
+
+    def put(self, record: Record) -> Path:
+        """Write under a temporary name and rename: a reader sees all of it or nothing."""
+        path = self.path(record.cell)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(record.text())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise unwritable(path.parent, error) from None
+        return path
+
+    def all(self, dataset: str | None = None) -> Iterator[Record]:
+        """Every readable record of this schema, in the order of paths."""
+        pattern = f"{_folder_name(dataset) if dataset else '*'}/*/*.json"
+        for path in sorted(self.folder.glob(pattern)):
+            record = read(path)
+            if record is not None:
+                yield record
+
+    def check_writable(self) -> None:
+        """Fail before hours of work rather than after."""
+        probe = self.root / f".{os.getpid()}.tmp"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise unwritable(self.root, error) from None
+
+
+def unwritable(folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(
+        f"cannot write to {folder}: {reason}; finished cells are kept - make room or choose"
+        " another folder with --out, and run the same command again"
+    )
+
+
+def read(path: Path) -> Record | None:
+    """A record from its file; None for another schema version; damage is an InputError."""
+    remedy = "it is left as it is; delete it to run the cell again"
+    try:
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and data.get("schema_version") != SCHEMA:
+            return None
+        record = Record.model_validate(data)
+    except OSError as error:
+        raise InputError(f"cannot read the record {path}: {error.strerror}") from None
+    except (ValueError, ValidationError, zlib.error) as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(f"the record {path} is broken ({problem}); {remedy}") from None
+    if record.id != record.cell.id:
+        raise InputError(f"the record {path} is broken (its id is not that of its cell); {remedy}")
+    return record
+
+
+def _folder_name(text: str) -> str:
+    """A spec as a portable folder name; only for people, the id in the file is what counts."""
+    kept = "".join(sign if sign.isalnum() or sign in "-_.=&+" else "_" for sign in text)
+    return kept[:80].strip("._") or "_"

@@ -1,0 +1,233 @@
+"""Tables from records: rows, terminal-ready text, markdown and CSV. Nothing here runs anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from tabulate import tabulate
+
+from robbench.grid import Cell
+from robbench.metrics import Measure, Metrics, metrics
+from robbench.records import Record
+from robbench.threat import NORM_NAMES, format_eps
+
+FOOTNOTE = (
+    "Each share stands above its 95 % interval over images: Wilson or Clopper-Pearson for"
+    " deterministic defenses; for stochastic ones Wilson at the effective sample size of the"
+    " per-image means, BCa bootstrap below 200 images. The interval covers the sampling of images"
+    " only: an accuracy under attack is an upper bound on the true robustness. *cost* is forward +"
+    " backward passes of single networks per image, and wall time summed over processes."
+)
+SHARES = ("accuracy", "incorrect", "abstained", "correct_or_abstained", "robust")
+
+
+class Row(NamedTuple):
+    """One record, or a setting that equals another one, as a line of a table."""
+
+    cell: Cell
+    metrics: Metrics | None
+    record: Record | None
+    note: str = ""
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """Finished and failed records as rows, in the order of the tables."""
+    made = [
+        Row(record.cell, metrics(record), record)
+        if record.status == "ok"
+        else Row(record.cell, None, record, f"failed: {record.reason}")
+        for record in records
+    ]
+    return sorted(made, key=_order)
+
+
+def _order(row: Row) -> tuple[object, ...]:
+    cell = row.cell
+    kinds = ("whitebox", "adaptive", "transfer", "blackbox")
+    return (
+        NORM_NAMES.index(cell.threat.norm),
+        cell.attack,
+        cell.threat.target != "none",
+        str(cell.threat.target),
+        cell.n,
+        cell.defense,
+        kinds.index(cell.setting.kind),
+        cell.setting.oracle or "",
+        cell.setting.eot,
+        cell.threat.eps or 0,
+        cell.train_seed,
+        cell.seed,
+        cell.id,
+    )
+
+
+def percent(measure: Measure) -> str:
+    return f"{100 * measure.value:.1f}" if measure.value == measure.value else "n.a."
+
+
+def interval(measure: Measure) -> str:
+    low, high = measure.interval
+    return f"{100 * low:.1f}–{100 * high:.1f}" if low == low else ""
+
+
+def cost(record: Record) -> str:
+    """Passes per image with a unit, and seconds."""
+    passes = record.cost["forwards"] + record.cost["backwards"]
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if passes >= size:
+            return f"{passes / size:.1f}{unit} {record.cost['seconds']:.0f}s"
+    return f"{passes:.0f} {record.cost['seconds']:.0f}s"
+
+
+def setting_text(cell: Cell, deterministic: bool) -> str:
+    """The setting as tables print it; a deterministic defense's white box is its adaptive one."""
+    setting = cell.setting
+    text: str = setting.kind
+    if setting.oracle:
+        text += f" from {setting.oracle}"
+    if setting.eot > 1:
+        text += f" EOT {setting.eot}"
+    if setting.kind == "whitebox" and deterministic:
+        text += " = adaptive"
+    return text
+
+
+def deterministic(row: Row) -> bool:
+    return row.record is not None and row.record.draws == 1
+
+
+def groups(made: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows under a heading each: norm, attack and n."""
+
+    def heading(row: Row) -> str:
+        cell = row.cell
+        target = "" if cell.threat.target == "none" else f", target {cell.threat.target}"
+        return f"{cell.attack}, {cell.threat.norm}{target}, n = {cell.n}"
+
+    return [(title, list(group)) for title, group in groupby(made, heading)]
+
+
+def markdown(dataset: str, made: Sequence[Row]) -> str:
+    """The leaderboard page of a dataset; a pure function of the records."""
+    lines = [f"# {dataset}", ""]
+    finished = [row for row in made if row.metrics is not None]
+    lines += ["## Clean", "", _clean_table(finished), ""]
+    for title, group in groups(finished):
+        lines += [f"## {title}", "", _group_table(group), ""]
+    lines += [FOOTNOTE, "", "Written by `robbench leaderboard` from records/; never edited.", ""]
+    return "\n".join(lines)
+
+
+def _cells(measure: Measure) -> str:
+    return f"{percent(measure)} ({interval(measure)})"
+
+
+def _clean_table(made: Sequence[Row]) -> str:
+    """One line per defense, n and seed: every record carries the clean outcome."""
+    seen: dict[tuple[object, ...], list[object]] = {}
+    for row in made:
+        assert row.metrics is not None
+        cell = row.cell
+        key = (cell.defense, cell.n, cell.train_seed, cell.seed)
+        seen.setdefault(
+            key,
+            [
+                f"`{cell.defense}`",
+                _cells(row.metrics.clean),
+                _cells(row.metrics.clean_abstained),
+                cell.n,
+                cell.train_seed,
+            ],
+        )
+    ordered = [seen[key] for key in sorted(seen, key=str)]
+    headers = ["defense", "clean accuracy %", "abstained %", "n", "train seed"]
+    return tabulate(ordered, headers, tablefmt="github", disable_numparse=True)
+
+
+def _group_table(group: Sequence[Row]) -> str:
+    lines = []
+    for row in group:
+        assert row.metrics is not None and row.record is not None
+        lines.append(
+            [
+                f"`{row.cell.defense}`",
+                setting_text(row.cell, deterministic(row)),
+                format_eps(row.cell.threat.eps),
+                *(_cells(getattr(row.metrics, name)) for name in SHARES),
+                cost_passes(row.record),
+            ]
+        )
+    headers = [
+        "defense",
+        "setting",
+        "ε",
+        "accuracy %",
+        "incorrect %",
+        "abstained %",
+        "correct + abstained %",
+        "robust %",
+        "passes / image",
+    ]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def cost_passes(record: Record) -> str:
+    return f"{record.cost['forwards'] + record.cost['backwards']:.0f}"
+
+
+def flat(row: Row) -> dict[str, object]:
+    """A row as plain values, for CSV and JSON."""
+    cell = row.cell
+    values: dict[str, object] = {
+        "dataset": cell.dataset,
+        "n": cell.n,
+        "defense": cell.defense,
+        "attack": cell.attack,
+        "norm": cell.threat.norm,
+        "eps": format_eps(cell.threat.eps),
+        "target": str(cell.threat.target),
+        "setting": cell.setting.kind,
+        "oracle": cell.setting.oracle or "",
+        "eot": cell.setting.eot,
+        "train_seed": cell.train_seed,
+        "seed": cell.seed,
+        "id": cell.id,
+        "status": "ok" if row.metrics else "failed",
+        "reason": "" if row.metrics else row.note,
+    }
+    if row.metrics and row.record:
+        for name in (*SHARES, "conditional", "clean", "clean_abstained"):
+            measure: Measure = getattr(row.metrics, name)
+            values[name] = round(measure.value, 6)
+            values[f"{name}_low"] = round(measure.interval.low, 6)
+            values[f"{name}_high"] = round(measure.interval.high, 6)
+        values["draws"] = row.record.draws
+        values |= {key: row.record.cost[key] for key in ("forwards", "backwards", "queries")}
+    return values
+
+
+def comma_separated(made: Sequence[Row]) -> str:
+    """All rows as CSV, one header line."""
+    flattened = [flat(row) for row in made]
+    keys = list(dict.fromkeys(key for values in flattened for key in values))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flattened)
+    return text.getvalue()
+
+
+def page_name(dataset: str) -> str:
+    """The file name of a dataset's pages, without the ending."""
+    return "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in dataset)
+
+
+def pages(dataset: str, records: Sequence[Record]) -> dict[str, str]:
+    """File name -> text of the generated pages of a dataset."""
+    made = [row for row in rows(records) if row.metrics is not None]
+    name = page_name(dataset)
+    return {f"{name}.md": markdown(dataset, made), f"{name}.csv": comma_separated(made)}

@@ -1,0 +1,41 @@
+"""PGD adversarial training, Madry et al. 2018, arXiv:1706.06083, eq. 2.1.
+
+`adversarial=fgsm` is the fast variant of Wong et al. 2020, arXiv:2001.03994: one step of 1.25 ε
+from a random start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import ClassVar
+
+from robbench.defense import Defense, defense
+from robbench.training import Adversarial, AdversarialSpec
+
+
+@defense("pgd-at")
+class PGDAdversarialTraining(Defense):
+    """min over weights of the cross-entropy at the worst point that PGD finds in the ball."""
+
+    source: ClassVar[str] = "Madry et al. 2018, arXiv:1706.06083"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "quick": {},
+        # paper 000, section 3.1: 10 steps of 2/255 in the ball of 8/255, 200 epochs, lr / 10 at
+        # epochs 80, 120 and 160
+        "paper": {
+            "network": "resnet20",
+            "adversarial": "pgd(eps=8/255, step=2/255, steps=10)",
+            "epochs": 200,
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "schedule": "steps",
+            "weight_decay": 5e-4,
+            "crop": 4,
+            "flip": True,
+        },
+    }
+
+    epochs: int = 20
+    adversarial: AdversarialSpec = Adversarial(eps=Fraction(1, 5), steps=5)
