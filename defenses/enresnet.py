@@ -55,6 +55,7 @@ class EnResNet(Defense):
     source: ClassVar[str] = "paper 000: Wang et al. 2019, arXiv:1811.10745"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
+        "quick:mnist": {"epochs": 3},
         "paper": {
             "network": "resnet20",
             "adversarial": "pgd(eps=8/255, step=2/255, steps=10)",

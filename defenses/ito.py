@@ -50,6 +50,7 @@ class ItoEnsemble(Defense):
     losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # adaptive.md, A.2: err goal
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
+        "quick:mnist": {"epochs": 1, "base": "standard(epochs=3)"},
         "paper": {
             "network": "resnet50",
             "omega": 0.2,

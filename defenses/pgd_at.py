@@ -21,6 +21,7 @@ class PGDAdversarialTraining(Defense):
     source: ClassVar[str] = "Madry et al. 2018, arXiv:1706.06083"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
+        "quick:mnist": {"epochs": 3},
         # paper 000, section 3.1: 10 steps of 2/255 in the ball of 8/255, 200 epochs, lr / 10 at
         # epochs 80, 120 and 160
         "paper": {
