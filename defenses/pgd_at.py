@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from robbench.defense import Defense, defense
 from robbench.training import Adversarial, AdversarialSpec
@@ -38,5 +40,5 @@ class PGDAdversarialTraining(Defense):
         },
     }
 
-    epochs: int = 20
+    epochs: Annotated[int, Field(ge=1)] = 20
     adversarial: AdversarialSpec = Adversarial(eps=Fraction(1, 5), steps=5)

@@ -6,6 +6,7 @@ here ever unpickles code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,17 +22,19 @@ from torch import nn
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError
-from robbench.estimator import Deployed, MeanProbabilities, preserved_random_state
+from robbench.estimator import Deployed, Loss, MeanProbabilities, preserved_random_state
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.registry import Spec
 from robbench.training import Progress, derive, train
 
 
 class Trained(NamedTuple):
-    """A deployed defense and the keys of the checkpoints it is made of."""
+    """A deployed defense, the keys of the checkpoints it is made of, and the loss of the attacker
+    who knows it (None: cross-entropy)."""
 
     deployed: Deployed
     keys: tuple[str, ...]
+    loss: Loss | None = None
 
 
 def cache_folder() -> Path:
@@ -51,20 +54,6 @@ def key_of(defense: Defense, dataset: Dataset, train_seed: int) -> str:
         "train_seed": train_seed,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def wanted(text: str | Spec, dataset: Dataset, train_seed: int) -> list[list[Defense]]:
-    """The defenses that a spec needs trained, in waves: bases first."""
-    waves: list[list[Defense]] = []
-    for defense in resolve(text):
-        chain = [defense]
-        while base := chain[-1].base_spec():
-            chain.append(resolve(base)[0])
-        for depth, link in enumerate(reversed(chain)):
-            if len(waves) <= depth:
-                waves.append([])
-            waves[depth].append(link)
-    return waves
 
 
 class Shelf:
@@ -97,7 +86,8 @@ class Shelf:
         rule = parts[0].rule() if len(parts) == 1 else MeanProbabilities()
         draws = max(defense.draws for defense in parts)
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
-        return Trained(deployed, tuple(keys))
+        losses = parts[0].losses if len(parts) == 1 else {}
+        return Trained(deployed, tuple(keys), next(iter(losses.values()), None))
 
     def members(
         self,
@@ -137,7 +127,7 @@ class Shelf:
             architecture = Spec.parse(defense.network).name
             state = torchvision_weights(architecture, defense.base.partition(":")[2])
             for member in members:
-                load_torchvision(member, state)
+                load_torchvision(member, state)  # type: ignore[arg-type]
             return
         base = defense.base_spec()
         assert base is not None
@@ -177,7 +167,8 @@ class Shelf:
             temporary.write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n")
             temporary.replace(folder / f"{key}.json")
         except (OSError, safetensors.SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise InputError(
                 f"cannot write the checkpoint to {folder}: {error};"
                 " free space or set ROBBENCH_CACHE to another folder"
@@ -193,9 +184,11 @@ def _load(members: nn.ModuleList, path: Path) -> None:
         if _sha256(path) != recipe["sha256"]:
             raise InputError(f"checkpoint {path} is damaged: its SHA-256 differs; {remedy}")
         members.load_state_dict(load_file(path))
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (
+        OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError
+    ) as error:  # fmt: skip
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint {path} cannot be read ({problem}); {remedy}") from None
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from tabulate import tabulate
 
 from robbench import statistics
-from robbench.defense import canonical
+from robbench.defense import canonical, with_preset
 from robbench.errors import InputError
-from robbench.grid import KINDS
+from robbench.grid import KINDS, Cell
 from robbench.metrics import outcomes
 from robbench.records import Record, Store, read
 from robbench.threat import format_eps
@@ -30,7 +30,7 @@ def compare(a: str, b: str, dataset: str, out: Path) -> str:
         pairs = [Pair(_record(Path(a)), _record(Path(b)))]
     else:
         records = [record for record in Store(out).all(dataset) if record.status == "ok"]
-        pairs = _pairs(list(_of(a, records)), list(_of(b, records)))
+        pairs = _pairs(_of(a, records, dataset), _of(b, records, dataset))
         if not pairs:
             raise InputError(
                 f"no cell below {out} was run on both {a} and {b} (dataset {dataset});"
@@ -40,30 +40,32 @@ def compare(a: str, b: str, dataset: str, out: Path) -> str:
         _check_images(pair)
     p_values = [_p(pair) for pair in pairs]
     adjusted = statistics.holm(p_values)
-    lines = []
-    for pair, p, holm in zip(pairs, p_values, adjusted, strict=True):
-        difference, interval = statistics.paired(outcomes(pair.a), outcomes(pair.b))
-        cell = pair.a.cell
-        lines.append(
-            [
-                cell.attack,
-                cell.threat.norm,
-                format_eps(cell.threat.eps),
-                cell.n,
-                f"{100 * outcomes(pair.a).mean():.1f}",
-                f"{100 * outcomes(pair.b).mean():.1f}",
-                f"{100 * difference:+.1f} ({100 * interval.low:+.1f}..{100 * interval.high:+.1f})",
-                f"{p:.2g}",
-                f"{holm:.2g}",
-            ]
-        )
-    headers = ["attack", "norm", "ε", "n", "A %", "B %", "A - B (95 %)", "p", "Holm"]
-    names = f"A = {_name(pairs[0].a)}\nB = {_name(pairs[0].b)}\n"
+    lines = [_line(pair, p, holm) for pair, p, holm in zip(pairs, p_values, adjusted, strict=True)]
+    headers = ["attack", "norm", "ε", "n", "setting", "A %", "B %", "A - B (95 %)", "p", "Holm"]
+    names = f"A = {pairs[0].a.cell.defense}\nB = {pairs[0].b.cell.defense}\n"
     return names + tabulate(lines, headers, disable_numparse=True)
 
 
-def _name(record: Record) -> str:
-    return f"{record.cell.defense}, {record.cell.setting}"
+def _line(pair: Pair, p: float, holm: float) -> list[str]:
+    a, b = outcomes(pair.a), outcomes(pair.b)
+    difference, interval = statistics.paired(a, b)
+
+    def both(what: Callable[[Cell], object]) -> str:
+        first, second = str(what(pair.a.cell)), str(what(pair.b.cell))
+        return first if first == second else f"{first} / {second}"
+
+    return [
+        both(lambda cell: cell.attack),
+        both(lambda cell: cell.threat.norm),
+        both(lambda cell: format_eps(cell.threat.eps)),
+        both(lambda cell: cell.n),
+        both(lambda cell: cell.setting),
+        f"{100 * a.mean():.1f}",
+        f"{100 * b.mean():.1f}",
+        f"{100 * difference:+.1f} ({100 * interval.low:+.1f}..{100 * interval.high:+.1f})",
+        f"{p:.2g}",
+        f"{holm:.2g}",
+    ]
 
 
 def _record(path: Path) -> Record:
@@ -73,16 +75,26 @@ def _record(path: Path) -> Record:
     return record
 
 
-def _of(text: str, records: Iterable[Record]) -> Iterable[Record]:
-    """Records of `SPEC` or `SPEC@SETTING`; without a setting the strongest that was run."""
+def _of(text: str, records: Iterable[Record], dataset: str) -> list[Record]:
+    """Records of `SPEC` or `SPEC@SETTING`; without a setting all of them."""
     name, at, kind = text.rpartition("@")
     if not at:
         name, kind = text, ""
     if at and kind not in KINDS:
         raise InputError(f"{kind!r} in {text!r} is not a setting; write one of {', '.join(KINDS)}")
-    spec = str(canonical(name))
-    found = [record for record in records if record.cell.defense == spec]
-    return [record for record in found if not kind or record.cell.setting.kind == kind]
+    named = [record for record in records if not kind or record.cell.setting.kind == kind]
+    found = [record for record in named if record.cell.defense == name]  # a model of the caller
+    for spec in () if found else (_quick(name, dataset), str(canonical(name))):
+        found = found or [record for record in named if record.cell.defense == spec]
+    return found
+
+
+def _quick(name: str, dataset: str) -> str:
+    """The spec as `run` records it by default."""
+    try:
+        return str(with_preset(name, "quick", dataset))
+    except InputError:  # of a plugin without that preset
+        return str(canonical(name))
 
 
 def _pairs(first: list[Record], second: list[Record]) -> list[Pair]:
@@ -92,13 +104,17 @@ def _pairs(first: list[Record], second: list[Record]) -> list[Pair]:
 
 
 def _strongest(records: list[Record]) -> dict[tuple[object, ...], Record]:
-    rank = {"blackbox": 0, "transfer": 0, "whitebox": 1, "adaptive": 2}
+    kinds = ("blackbox", "transfer", "whitebox", "adaptive")
+
+    def strength(record: Record) -> tuple[int, int]:
+        return kinds.index(record.cell.setting.kind), record.cell.setting.eot
+
     chosen: dict[tuple[object, ...], Record] = {}
     for record in records:
         cell = record.cell
         family = cell.setting.oracle or ("queries" if cell.setting.kind == "blackbox" else "own")
         key = (cell.attack, str(cell.threat), cell.n, cell.train_seed, cell.seed, family)
-        if key not in chosen or rank[cell.setting.kind] > rank[chosen[key].cell.setting.kind]:
+        if key not in chosen or strength(record) > strength(chosen[key]):
             chosen[key] = record
     return chosen
 

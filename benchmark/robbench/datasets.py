@@ -15,7 +15,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -143,7 +143,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     `data_dir` is by default $ROBBENCH_DATA, else ~/.cache/robbench/data. Raises InputError when
     files are missing or broken, with what to do about it.
     """
-    _check_name(name)
+    check_name(name)
     where = _directory(data_dir) if name in DATASETS else _folder_path(name)
     return _load(name, where.absolute())  # folder:images depends on the current folder
 
@@ -154,7 +154,7 @@ def fetch(name: str, data_dir: Path | None = None) -> Path:
     digits is embedded: the path is that of the file inside scikit-learn. InputError without a
     network, with the folder into which the files can be put by hand.
     """
-    _check_name(name)
+    check_name(name)
     where = FETCH[name](_directory(data_dir)) if name in FETCH else _folder_path(name)
     load(name, data_dir)
     return where
@@ -300,9 +300,11 @@ def _load(name: str, where: Path) -> Dataset:
     return DATASETS[name](where) if name in DATASETS else folder(where, name)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str, more: Collection[str] = ()) -> None:
+    """InputError for what is neither built in nor a folder; `more` are names of plugins."""
     if name not in DATASETS and not name.startswith("folder:"):
-        raise unknown("dataset", name, DATASETS, "or folder:PATH for your own images")
+        known = {*DATASETS, *more}
+        raise unknown("dataset", name, known, "or folder:PATH for your own images")
 
 
 def _directory(data_dir: Path | None) -> Path:

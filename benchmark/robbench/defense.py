@@ -4,6 +4,7 @@ of the attacker who knows it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Generator, Tensor, nn
 from robbench import networks, registry
 from robbench.attacks import check_settings
 from robbench.errors import InputError, unknown
-from robbench.estimator import Loss, MeanProbabilities, Rule
+from robbench.estimator import Draw, Loss, MeanProbabilities, Rule
 from robbench.registry import Spec
 from robbench.training import AdversarialSpec, Batch, Optimisation
 
@@ -55,9 +56,7 @@ class Defense(Optimisation):
         """Insert what the defense adds to a network; called on every fresh member."""
         return network
 
-    def batch(
-        self, members: nn.ModuleList, clean: Tensor, y: Tensor, rng: Generator
-    ) -> Batch:
+    def batch(self, members: nn.ModuleList, clean: Tensor, y: Tensor, rng: Generator) -> Batch:
         """What one step trains on: adversarial examples where the recipe has them."""
         if self.adversarial is None:
             return Batch(clean, y, clean)
@@ -72,8 +71,6 @@ class Defense(Optimisation):
 
     def scores(self, members: nn.ModuleList, x: Tensor) -> Tensor:
         """(N, L) logits of one draw of the members by the decision rule, while training."""
-        from robbench.estimator import Draw
-
         logits = torch.stack([member(x) for member in members])[None]
         return self.rule().scores(Draw(logits))
 
@@ -94,6 +91,8 @@ class Defense(Optimisation):
         if self.base is None or self.base.startswith("torchvision:"):
             return None
         spec = Spec.parse(self.base)
+        if spec.parts:
+            raise InputError(f"{self.name} cannot start from {spec}: base is one defense, not two")
         if "network" not in dict(spec.settings):
             spec = spec.with_settings({"network": self.network})
         return canonical(spec)
@@ -150,9 +149,27 @@ def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
     if preset not in presets:
         raise unknown(f"preset of {spec.name}", preset, [key for key in presets if ":" not in key])
     fields: dict[str, Any] = dict(presets.get(f"{preset}:{dataset}", presets[preset]))
-    return canonical(spec.model_copy(update={"settings": ()}).with_settings(
-        {**fields, **dict(spec.settings)}
-    ))
+    return canonical(
+        spec.model_copy(update={"settings": ()}).with_settings({**fields, **dict(spec.settings)})
+    )
+
+
+@lru_cache
+def shown(text: str, dataset: str) -> str:
+    """The spec as a user of the dataset writes it: without what its preset `quick` sets anyway.
+
+    What cannot be resolved (a model of the caller, a plugin that is not installed) stays as it is.
+    """
+    try:
+        spec = Spec.parse(text)
+        if spec.parts:
+            return " & ".join(shown(str(part), dataset) for part in spec.parts)
+        preset = dict(with_preset(spec.name, "quick", dataset).settings)
+        left = {key: value for key, value in spec.settings if preset.get(key) != value}
+        brief = spec.model_copy(update={"settings": tuple(left.items())})
+        return str(brief) if str(with_preset(brief, "quick", dataset)) == text else text
+    except InputError:
+        return text
 
 
 def _configure(spec: Spec) -> Defense:

@@ -1,4 +1,4 @@
-"""What a user did wrong, in one line: the command line prints it without a traceback and exits with 2."""
+"""What a user did wrong, in one line; the command line prints it, no traceback, exit code 2."""
 
 from __future__ import annotations
 

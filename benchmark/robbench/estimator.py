@@ -225,14 +225,14 @@ class Deployed(nn.Module):
     def retried(self, run: Callable[[], Any]) -> Any:
         """run(), again with half as many images at once for as long as the memory is short."""
         while True:
-            state = torch.get_rng_state()
+            state = random_state(self.device)
             try:
                 return run()
             except torch.OutOfMemoryError:
                 if self.chunk <= 1:
                     raise
                 self.chunk //= 2
-                torch.set_rng_state(state)
+                set_random_state(self.device, state)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
 
@@ -331,22 +331,21 @@ class Access(nn.Module):
         return scores.to(x.device)
 
     def scores(self, x: Tensor) -> Tensor:
+        def run() -> Tensor:
+            parts = []
+            for xs in x.split(self.deployed.chunk):
+                sizes = self.deployed.slices(len(xs), self.draws)
+                parts.append(_join([self.deployed.sample(xs, size) for size in sizes], dim=0))
+            return self.deployed.rule.scores(_join(parts, dim=2))
+
         self.count(len(x), self.draws)
-        parts = [
-            _join(
-                [self.deployed.sample(xs, s) for s in self.deployed.slices(len(xs), self.draws)], 0
-            )
-            for xs in x.split(self.deployed.chunk)
-        ]
-        return self.deployed.rule.scores(_join(parts, 2))
+        return self.deployed.retried(run)
 
     def score_loss(self, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Loss:
         """A loss on scores (N, L), averaged over draws the way the decision rule averages."""
         return lambda draw, y, target: loss(self.deployed.rule.scores(draw), y, target)
 
-    def gradient(
-        self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None = None
-    ) -> Step:
+    def gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None = None) -> Step:
         """The loss over fresh draws and its gradient by x, exact in the memory of one pass.
 
         All draws are first made without gradient, the loss is differentiated by their logits, and
@@ -360,7 +359,7 @@ class Access(nn.Module):
             ]
             return Step(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-        return self.deployed.retried(run)  # type: ignore[no-any-return]
+        return self.deployed.retried(run)
 
     def _gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None) -> Step:
         x = x.detach().requires_grad_()
@@ -475,7 +474,7 @@ class Estimator(PyTorchClassifier):  # type: ignore[misc]
         draws = access.deployed.draws
         access.count(len(images), draws)
         draw = access.deployed.draw(images.to(access.device), draws)
-        return access.deployed.rule.scores(draw).cpu().numpy()  # type: ignore[no-any-return]
+        return access.deployed.rule.scores(draw).cpu().numpy()
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a deployed defense cannot be trained; use 'robbench train'")
@@ -483,20 +482,25 @@ class Estimator(PyTorchClassifier):  # type: ignore[misc]
     fit_generator = fit
 
 
-def random_state(device: torch.device) -> Tensor:
-    """The state of the generator that modules on this device draw from."""
+def random_state(device: torch.device) -> tuple[Any, ...]:
+    """The state of every stream that a module on this device may draw from."""
+    accelerator = None
     if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
+        accelerator = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)
+        accelerator = torch.mps.get_rng_state()
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), accelerator
+
+
+def set_random_state(device: torch.device, state: tuple[Any, ...]) -> None:
+    python, numpy_state, cpu, accelerator = state
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(cpu)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(accelerator, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(accelerator)
 
 
 def seed_everything(seed: int) -> None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +35,6 @@ from robbench.runner import (
     run_shard,
     shards,
 )
-from robbench.training import Diverged
 
 RETRIES = 2  # of a task whose process died
 Report = Callable[["Task", int, int], None]
@@ -78,9 +80,7 @@ def plan(cells: Sequence[Cell], shared: Shared) -> list[Task]:
     attacks = []
     for key, group in groups.items():
         dataset = shared.dataset(group[0].dataset)
-        needs = frozenset(
-            need for cell in group if not shared.models for need in needed_keys(cell, dataset)
-        )
+        needs = frozenset(need for cell in group for need in needed_keys(cell, shared))
         for shard, images in enumerate(shards(group[0].n, dataset.shape)):
             weight = _attack_weight(group[0], len(images), shared)
             attacks.append(
@@ -107,7 +107,10 @@ def _training_weight(spec: str, images: int) -> float:
 def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
     settings = Configured.of(cell.attack).settings
     steps = settings.get("steps") or settings.get("max_iter") or settings.get("n_queries") or 20
-    members = 1 if shared.models else sum(part.members for part in resolve(cell.source))
+    if cell.source in shared.models:
+        members = len(shared.models[cell.source].deployed.members)
+    else:
+        members = sum(part.members for part in resolve(cell.source))
     rounds = float(steps) if isinstance(steps, (int, float)) else 20.0
     return 3.0 * images * members * cell.setting.eot * rounds
 
@@ -155,14 +158,18 @@ def perform(task: Task, shared: Shared, report: Callable[[int, int], None]) -> O
         return Outcome(task, run_shard(task.cells, task.shard, shared, report))
     except InputError as error:
         return Outcome(task, mistake=str(error))
-    except (Diverged, RuntimeError, FloatingPointError) as error:
-        return Outcome(task, reason=f"{type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:  # somebody else's code may also call sys.exit
+        return Outcome(task, reason=_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def execute(
     tasks: Sequence[Task], shared: Shared, workers: int, report: Report
 ) -> Iterator[Outcome]:
-    """Outcomes as they come. Tasks that need a failed training fail with its reason."""
+    """Outcomes as they come. Tasks that need a failed training share its outcome."""
     if workers == 1 or len(tasks) <= 1 or shared.device.type != "cpu" or shared.models:
         yield from _serial(tasks, shared, report)
     else:
@@ -173,23 +180,21 @@ def _serial(tasks: Sequence[Task], shared: Shared, report: Report) -> Iterator[O
     threads = torch.get_num_threads()
     if shared.device.type == "cpu":
         torch.set_num_threads(1)
-    broken: dict[str, str] = {}
+    broken: dict[str, Outcome] = {}
     try:
         for task in tasks:  # trainings come first and bases before what is built on them
-            outcome = _doomed(task, broken) or perform(
-                task, shared, lambda done, total, task=task: report(task, done, total)
-            )
-            if outcome.reason:
-                broken[task.id] = outcome.reason
+            outcome = _doomed(task, broken) or perform(task, shared, partial(report, task))
+            if outcome.reason or outcome.mistake:
+                broken[task.id] = outcome
             yield outcome
     finally:
         torch.set_num_threads(threads)
 
 
-def _doomed(task: Task, broken: dict[str, str]) -> Outcome | None:
+def _doomed(task: Task, broken: Mapping[str, Outcome]) -> Outcome | None:
     for need in sorted(task.needs):
         if need in broken:
-            return Outcome(task, reason=broken[need])
+            return Outcome(task, reason=broken[need].reason, mistake=broken[need].mistake)
     return None
 
 
@@ -201,9 +206,19 @@ def _start_worker(
     out: Path, data_dir: Path | None, device: str, given: dict[str, Any], reports: Any
 ) -> None:
     global _shared, _reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _shared = Shared(out, data_dir, torch.device(device), given)
     _reports = reports
+
+
+def _leave_with_parent() -> None:
+    """A parent that is killed cannot end its workers, and they would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: Task) -> Outcome:
@@ -211,69 +226,119 @@ def _work(task: Task) -> Outcome:
     return perform(task, _shared, lambda done, total: _reports.put((task.id, done, total)))
 
 
+class _Pool:
+    """Worker processes and the queue they report on; both are replaced when a worker dies, since
+    it may have died holding the queue's lock."""
+
+    def __init__(self, workers: int, shared: Shared) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.reports = context.Queue()
+        device = str(shared.device)
+        arguments = (shared.out, shared.data_dir, device, shared.given, self.reports)
+        self.executor = ProcessPoolExecutor(workers, context, _start_worker, arguments)
+
+    def drain(self, by_id: Mapping[str, Task], report: Report) -> None:
+        while True:
+            try:
+                task_id, done, total = self.reports.get_nowait()
+            except queue.Empty:
+                return
+            report(by_id[task_id], done, total)
+
+    def close(self) -> None:
+        for process in list((getattr(self.executor, "_processes", None) or {}).values()):
+            process.terminate()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class _Queue:
+    """Which task may start next. After the death of a worker all that was running is suspect and
+    runs again, one task at a time, so that only the task that kills its worker fails."""
+
+    workers: int
+    waiting: list[Task]
+    settled: set[str]
+    broken: dict[str, Outcome] = field(default_factory=dict)
+    deaths: dict[str, int] = field(default_factory=dict)  # of suspects, by task id
+
+    def startable(self, running: int) -> list[Task]:
+        """Tasks for idle workers, out of the queue."""
+        ready = [task for task in self.waiting if task.needs <= self.settled]
+        if self.deaths:
+            ready = [task for task in ready if task.id in self.deaths]
+        free = max(0, (1 if self.deaths else self.workers) - running)
+        chosen = {task.id: task for task in ready[:free]}
+        self.waiting = [task for task in self.waiting if task.id not in chosen]
+        return list(chosen.values())
+
+    def doomed(self) -> Iterator[Outcome]:
+        """Outcomes of waiting tasks whose trainings went wrong."""
+        for task in list(self.waiting):
+            outcome = _doomed(task, self.broken)
+            if outcome:
+                self.waiting.remove(task)
+                self.settle(outcome)
+                yield outcome
+
+    def settle(self, outcome: Outcome) -> None:
+        self.settled.add(outcome.task.id)
+        self.deaths.pop(outcome.task.id, None)
+        if outcome.reason or outcome.mistake:
+            self.broken[outcome.task.id] = outcome
+
+    def died(self, lost: Sequence[Task]) -> Iterator[Outcome]:
+        """Queue what was running when a worker died; the outcomes of what has died too often."""
+        for task in lost:
+            self.deaths[task.id] = self.deaths.get(task.id, 0) + 1
+            if self.deaths[task.id] <= RETRIES:
+                self.waiting.insert(0, task)
+                continue
+            outcome = Outcome(task, reason=f"the worker process died {RETRIES + 1} times")
+            self.settle(outcome)
+            yield outcome
+
+
 def _parallel(
     tasks: Sequence[Task], shared: Shared, workers: int, report: Report
 ) -> Iterator[Outcome]:
-    """A pool that is rebuilt when a worker dies, and the tasks it was at are run again."""
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
+    """Several processes; the pool is rebuilt when one of them dies."""
     by_id = {task.id: task for task in tasks}
-    waiting = list(tasks)
-    done: set[str] = {need for task in tasks for need in task.needs if need not in by_id}
-    broken: dict[str, str] = {}
-    attempts: dict[str, int] = dict.fromkeys(by_id, 0)
+    there = {need for task in tasks for need in task.needs if need not in by_id}
+    todo = _Queue(workers, list(tasks), there)
     running: dict[Future[Outcome], Task] = {}
-    arguments = (shared.out, shared.data_dir, str(shared.device), shared.given, reports)
-
-    def pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, context, _start_worker, arguments)
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by a worker before torch is imported
-    executor = pool()
+    pool = _Pool(workers, shared)
     try:
-        while waiting or running:
-            for task in [task for task in waiting if task.needs <= done | broken.keys()]:
-                doomed = _doomed(task, broken)
-                if doomed is None and len(running) >= workers:
-                    continue
-                waiting.remove(task)
-                if doomed:
-                    yield doomed
-                else:
-                    running[executor.submit(_work, task)] = task
+        while todo.waiting or running:
+            yield from todo.doomed()
+            lost: list[Task] = []
+            dead = False
+            for task in todo.startable(len(running)):
+                try:
+                    running[pool.executor.submit(_work, task)] = task
+                except BrokenExecutor:  # while it was idle: the task is not to blame
+                    todo.waiting.insert(0, task)
+                    dead = True
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            _drain(reports, by_id, report)
-            died = False
+            pool.drain(by_id, report)
             for future in finished:
                 task = running.pop(future)
                 try:
                     outcome = future.result()
                 except BrokenExecutor:
-                    died = True
-                    attempts[task.id] += 1
-                    if attempts[task.id] <= RETRIES:
-                        waiting.insert(0, task)
-                        continue
-                    outcome = Outcome(task, reason="the worker process died three times")
-                done.add(task.id)
-                if outcome.reason:
-                    broken[task.id] = outcome.reason
+                    dead = True
+                    lost.append(task)
+                    continue
+                except Exception as error:  # an outcome that cannot be sent between processes
+                    outcome = Outcome(task, reason=_reason(error))
+                todo.settle(outcome)
                 yield outcome
-            if died:
-                waiting[:0] = running.values()
+            if dead:
+                lost += running.values()
                 running.clear()
-                executor.shutdown(wait=False, cancel_futures=True)
-                executor = pool()
+                pool.close()
+                pool = _Pool(workers, shared)
+                yield from todo.died(lost)
     finally:
-        for process in list(getattr(executor, "_processes", {}).values()):
-            process.terminate()
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _drain(reports: Any, by_id: dict[str, Task], report: Report) -> None:
-    while True:
-        try:
-            task_id, done, total = reports.get_nowait()
-        except queue.Empty:
-            return
-        report(by_id[task_id], done, total)
+        pool.close()

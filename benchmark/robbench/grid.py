@@ -5,24 +5,37 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from robbench import defense as defenses
-from robbench.attacks import Configured
+from robbench.attacks import Attack, Configured
+from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
 from robbench.errors import InputError, unknown
-from robbench.registry import Spec, split_list
-from robbench.threat import Norm, Threat, check_budget, parse_eps, parse_norm
+from robbench.registry import split_list
+from robbench.threat import Eps, Norm, Threat, check_budget, parse_norm
 
 Kind = Literal["whitebox", "adaptive", "transfer", "blackbox"]
 KINDS: tuple[Kind, ...] = ("whitebox", "adaptive", "transfer", "blackbox")
 EOT = 20
+MODEL = "model:"  # begins the name of a model of the caller, which no registry knows
 
 
 class Setting(BaseModel):
@@ -31,6 +44,7 @@ class Setting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Kind
     oracle: str | None = None
+    oracle_version: str = "1"
     eot: int = 1
 
     def __str__(self) -> str:
@@ -79,7 +93,12 @@ class Cell(BaseModel):
         return _digest(fields)
 
     def __str__(self) -> str:
-        return f"{self.defense} · {self.attack} · {self.threat} · {self.setting}"
+        setting = self.setting
+        if setting.oracle:
+            oracle = defenses.shown(setting.oracle, self.dataset)
+            setting = setting.model_copy(update={"oracle": oracle})
+        defense = defenses.shown(self.defense, self.dataset)
+        return f"{defense} · {self.attack} · {self.threat} · {setting}"
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
@@ -93,13 +112,45 @@ def _items(value: object) -> object:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _texts(value: object) -> object:
-    items = _items(value)
-    return [str(item) if isinstance(item, (int, float)) else item for item in items]  # type: ignore[attr-defined]
+def _by_norm(value: object) -> object:
+    """ε of each norm; without norms the list is that of every norm, under the key ''."""
+    return value if isinstance(value, dict) else {"": value}
 
 
-Texts = Annotated[list[str], BeforeValidator(_texts)]
-Numbers = Annotated[list[int], BeforeValidator(_items)]
+def _defense(text: str) -> str:
+    if not text.startswith(MODEL):
+        defenses.resolve(text)
+    return text
+
+
+def _attack(text: str) -> str:
+    Configured.of(text)
+    return text
+
+
+def _norm(value: object) -> object:
+    return parse_norm(str(value)) if value != "" else value
+
+
+def _setting(text: str) -> str:
+    if text not in KINDS:
+        raise unknown("setting", text, KINDS)
+    return text
+
+
+def _target(value: object) -> str | int:
+    text = str(value)
+    if text not in ("none", "random", "least-likely") and not re.fullmatch(r"\d+", text):
+        raise InputError(f"{text!r} is not a label; write a number, random or least-likely")
+    return int(text) if text.isdecimal() else text
+
+
+T = TypeVar("T")
+Listed = Annotated[list[T], BeforeValidator(_items), Field(min_length=1)]
+DefenseText = Annotated[str, AfterValidator(_defense)]
+Budgets = Annotated[
+    dict[Annotated[str, BeforeValidator(_norm)], Listed[Eps]], BeforeValidator(_by_norm)
+]
 
 
 class Block(BaseModel):
@@ -108,23 +159,86 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid")
     dataset: str = "digits"
     n: Annotated[int, Field(ge=1)] | None = None
-    defense: Texts
-    attack: Texts
-    norm: Texts | None = None
-    eps: Texts | dict[str, Texts] | None = None
-    setting: Texts | None = None
-    oracle: Texts = []
+    defense: Listed[DefenseText]
+    attack: Listed[Annotated[str, AfterValidator(_attack)]]
+    norm: Listed[Annotated[Norm, BeforeValidator(_norm)]] | None = None
+    eps: Budgets | None = None
+    setting: Listed[Annotated[Kind, BeforeValidator(_setting)]] | None = None
+    oracle: Annotated[list[DefenseText], BeforeValidator(_items)] = []
     eot: Annotated[int, Field(ge=1)] = EOT
-    target: str = "none"
-    train_seed: Numbers = [0]
-    seed: Numbers = [0]
+    target: Annotated[str | int, BeforeValidator(_target)] = "none"
+    train_seed: Listed[int] = [0]
+    seed: Listed[int] = [0]
+    _place: str = PrivateAttr("")  # the file it was read from, for what only a dataset can tell
 
-    def cells(self, dataset: Dataset, preset: str = "quick") -> Iterator[Cell]:
-        """The cells in reading order; the first impossible combination is an InputError."""
+    @model_validator(mode="after")
+    def _possible(self) -> Block:
+        """Refuse combinations that no dataset makes possible, all at once."""
+        entries = [Configured.of(text).entry for text in self.attack]
+        problems = [problem for entry in entries for problem in self._problems(entry)]
+        if problems:
+            raise InputError("; ".join(dict.fromkeys(problems)))
+        return self
+
+    def _problems(self, attack: Attack) -> Iterator[str]:
+        queries = attack.needs != "gradients"
+        for kind in self.setting or []:
+            if queries and kind in ("whitebox", "adaptive"):
+                yield (
+                    f"setting: {attack.name} only asks queries, so its setting is blackbox"
+                    f" (or transfer), not {kind}"
+                )
+            if not queries and kind == "blackbox":
+                yield (
+                    f"setting: {attack.name} needs gradients, which the setting blackbox does not"
+                    " give; use whitebox, adaptive or transfer, or a query attack such as"
+                    " torchattacks:Square"
+                )
+            if kind == "transfer" and not self.oracle:
+                yield "setting: transfer needs an oracle, such as oracle: standard"
+        if self.target != "none" and not attack.targeted:
+            yield f"target: {attack.name} cannot be targeted; leave the target out"
+        known = sorted(attack.norms)
+        for norm in self._norms(attack):
+            if norm not in known:
+                yield f"norm: {attack.name} cannot do the norm {norm}; it does {', '.join(known)}"
+            for eps in self._listed(norm) or []:
+                try:
+                    check_budget(norm, eps)
+                except InputError as error:
+                    yield f"eps: {error}"
+
+    def _norms(self, attack: Attack) -> Sequence[Norm]:
+        return self.norm or ["linf" if "linf" in attack.norms else min(attack.norms)]
+
+    def _listed(self, norm: Norm) -> Sequence[Fraction] | None:
+        """ε given for a norm; None for the dataset's list."""
+        if norm == "none" or self.eps is None:
+            return None
+        return self.eps.get(norm, self.eps.get(""))
+
+    def cells(
+        self,
+        dataset: Dataset,
+        preset: str = "quick",
+        models: Mapping[str, Trained] = MappingProxyType({}),
+    ) -> Iterator[Cell]:
+        """The cells in reading order; what the dataset has not got is an InputError.
+
+        models: the caller's own ones by the name that stands in `defense` and `oracle`.
+        """
+        try:
+            yield from self._cells(dataset, preset, models)
+        except InputError as error:
+            raise InputError(f"{self._place}{error}") from None
+
+    def _cells(
+        self, dataset: Dataset, preset: str, models: Mapping[str, Trained]
+    ) -> Iterator[Cell]:
         n = self.n if self.n is not None else min(500, len(dataset.test.y))
         dataset.subset(n)
-        targets = [_Target.of(text, preset, dataset.name) for text in self.defense]
-        oracles = [_Target.of(text, preset, dataset.name) for text in self.oracle]
+        targets = [_Target.of(text, preset, dataset.name, models) for text in self.defense]
+        oracles = [_Target.of(text, preset, dataset.name, models) for text in self.oracle]
         attacks = [Configured.of(text) for text in self.attack]
         for attack, target in itertools.product(attacks, targets):
             for setting in self._settings(attack, target, oracles):
@@ -148,28 +262,15 @@ class Block(BaseModel):
         self, attack: Configured, target: _Target, oracles: Sequence[_Target]
     ) -> Iterator[Setting]:
         queries = attack.entry.needs != "gradients"
-        default = ["blackbox"] if queries else ["whitebox", "adaptive"]
+        default: list[Kind] = ["blackbox"] if queries else ["whitebox", "adaptive"]
         for kind in self.setting or default:
-            if kind not in KINDS:
-                raise unknown("setting", kind, KINDS)
-            if queries and kind in ("whitebox", "adaptive"):
-                raise InputError(
-                    f"{attack.entry.name} only asks queries, so its setting is blackbox"
-                    f" (or transfer), not {kind}"
-                )
-            if not queries and kind == "blackbox":
-                raise InputError(
-                    f"{attack.entry.name} needs gradients, which the setting blackbox does not"
-                    " give; use whitebox, adaptive or transfer, or a query attack such as"
-                    " torchattacks:Square"
-                )
             if kind == "transfer":
-                if not oracles:
-                    raise InputError("the setting transfer needs --oracle, such as standard")
                 for oracle in oracles:
                     if oracle.text != target.text:
                         eot = self.eot if oracle.stochastic else 1
-                        yield Setting(kind=kind, oracle=oracle.text, eot=eot)
+                        yield Setting(
+                            kind=kind, oracle=oracle.text, oracle_version=oracle.version, eot=eot
+                        )
             elif kind == "adaptive":
                 if target.adaptive:
                     yield Setting(kind=kind, eot=self.eot if target.stochastic else 1)
@@ -177,41 +278,22 @@ class Block(BaseModel):
                 yield Setting(kind=kind)
 
     def _threats(self, attack: Configured, dataset: Dataset) -> Iterator[Threat]:
-        known = sorted(attack.entry.norms)
-        default = "linf" if "linf" in known else known[0]
-        target = int(self.target) if self.target.lstrip("-").isdigit() else self.target
-        if target != "none" and not attack.entry.targeted:
-            raise InputError(f"{attack.entry.name} cannot be targeted; leave --target out")
-        for text in self.norm or [default]:
-            norm = parse_norm(text)
-            if norm not in known:
-                raise InputError(
-                    f"{attack.entry.name} cannot do the norm {norm}; it does {', '.join(known)}"
-                )
+        labels = len(dataset.labels)
+        if isinstance(self.target, int) and self.target >= labels:
+            raise InputError(
+                f"target = {self.target}, but labels of {dataset.name} are 0 to {labels - 1}"
+            )
+        for norm in self._norms(attack.entry):
             for eps in self._eps(norm, dataset):
-                check_budget(norm, eps)
-                yield _threat(norm, eps, target)
+                yield Threat(norm=norm, eps=eps, target=self.target)
 
     def _eps(self, norm: Norm, dataset: Dataset) -> Sequence[Fraction | None]:
         if norm == "none":
             return [None]
-        listed = self.eps
-        if isinstance(listed, dict):
-            listed = listed.get(norm)
-        if listed is not None:
-            return [parse_eps(text) for text in listed]
-        if norm not in dataset.eps:
+        listed = self._listed(norm)
+        if listed is None and norm not in dataset.eps:
             raise InputError(f"dataset {dataset.name} has no default ε for {norm}; give --eps")
-        return dataset.eps[norm]
-
-
-def _threat(norm: Norm, eps: Fraction | None, target: str | int) -> Threat:
-    try:
-        return Threat(norm=norm, eps=eps, target=target)  # type: ignore[arg-type]
-    except ValidationError:
-        raise InputError(
-            f"target = {target!r} is not a label; write a number, random or least-likely"
-        ) from None
+        return listed if listed is not None else dataset.eps[norm]
 
 
 class _Target(BaseModel):
@@ -223,7 +305,11 @@ class _Target(BaseModel):
     adaptive: bool
 
     @classmethod
-    def of(cls, text: str, preset: str, dataset: str) -> _Target:
+    def of(cls, text: str, preset: str, dataset: str, models: Mapping[str, Trained]) -> _Target:
+        if text in models:
+            stochastic = models[text].deployed.stochastic
+            adaptive = stochastic or models[text].loss is not None
+            return cls(text=text, version="1", stochastic=stochastic, adaptive=adaptive)
         spec = defenses.with_preset(text, preset, dataset)
         parts = defenses.resolve(spec)
         stochastic = any(part.stochastic for part in parts)
@@ -255,24 +341,31 @@ def read_blocks(path: Path) -> list[Block]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: grid must be a list of mappings")
     for index, entry in enumerate(entries):
+        place = f"{path}: grid[{index}]: " if len(entries) > 1 else f"{path}: "
         try:
-            blocks.append(Block(**{**data, **entry}))
+            block = Block(**{**data, **entry})
         except ValidationError as error:
-            place = f"{path}: grid[{index}]" if len(entries) > 1 else str(path)
-            problems += [f"{place}: {problem}" for problem in _problems(error)]
+            problems += [f"{place}{problem}" for problem in invalid(error)]
+        else:
+            block._place = place
+            blocks.append(block)
     if problems:
         raise InputError("; ".join(dict.fromkeys(problems)))
     return blocks
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def invalid(error: ValidationError) -> Iterator[str]:
+    """What is wrong with a block, a line for each key."""
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"] if part not in ("", "[key]"))
+        text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             yield str(unknown("key", key, Block.model_fields))
         elif problem["type"] == "missing":
             yield f"{key} is missing"
+        elif problem["type"] == "too_short":
+            yield f"{key} is empty"
+        elif problem["type"] == "value_error":
+            yield f"{key}: {text}" if key else text
         else:
-            yield f"{key} = {problem['input']!r}: {problem['msg']}"
-
-
+            yield f"{key} = {problem['input']!r}: {text}"

@@ -39,21 +39,21 @@ def metrics(record: Record) -> Metrics:
         raise ValueError(f"record {record.id} has no outcomes: {record.reason}")
     assert record.clean_ok is not None and record.clean_err is not None
     r = record.draws
-    ok, err, clean_ok, clean_err = (
-        array.astype(np.float64) / r
-        for array in (record.ok, record.err, record.clean_ok, record.clean_err)
-    )
+    outcomes = (record.ok, record.err, record.clean_ok, record.clean_err)
+    # whole numbers until the division: shares that are alike must be so to the last bit
+    right, wrong, clean_right, clean_wrong = (array.astype(np.int64) for array in outcomes)
+    ok, clean_ok = right / r, clean_right / r
     # draws on x and on x' are independent, so the joint share of an image is the product
     both = ok * clean_ok
     return Metrics(
         accuracy=share(ok, r),
-        incorrect=share(err, r),
-        abstained=share(1 - ok - err, r),
-        correct_or_abstained=share(1 - err, r),
+        incorrect=share(wrong / r, r),
+        abstained=share((r - right - wrong) / r, r),
+        correct_or_abstained=share((r - wrong) / r, r),
         robust=share(both, r),
         conditional=_conditional(both, clean_ok, r),
         clean=share(clean_ok, r),
-        clean_abstained=share(1 - clean_ok - clean_err, r),
+        clean_abstained=share((r - clean_right - clean_wrong) / r, r),
         draw_error=statistics.draw_error(record.ok, r),
     )
 
@@ -82,7 +82,7 @@ def persistent(record: Record, k: int) -> Measure:
     assert record.ok is not None
     failures = record.draws - record.ok.astype(int)
     values = statistics.survival(failures, record.draws, k)
-    return Measure(float(values.mean()), statistics.mean(values))
+    return share(values, record.draws)
 
 
 def outcomes(record: Record) -> np.ndarray:

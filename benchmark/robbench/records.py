@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import zlib
@@ -11,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from robbench.errors import InputError
 from robbench.grid import Cell
@@ -31,11 +40,14 @@ def _decode(value: object) -> np.ndarray:
         return value
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "zlib"}:
         raise ValueError("not an array of dtype, shape and zlib")
-    raw = zlib.decompress(base64.b64decode(value["zlib"], validate=True))
-    dtype = np.dtype(value["dtype"])
-    if dtype.kind not in "biuf":
-        raise ValueError(f"arrays of {dtype} are not read")
-    return np.frombuffer(raw, dtype).reshape(value["shape"])
+    try:
+        dtype = np.dtype(value["dtype"])
+        if dtype.kind not in "biuf":
+            raise ValueError(f"arrays of {dtype} are not read")
+        raw = zlib.decompress(base64.b64decode(value["zlib"], validate=True))
+        return np.frombuffer(raw, dtype).reshape(value["shape"])
+    except (TypeError, zlib.error) as error:
+        raise ValueError(str(error)) from None
 
 
 Array = Annotated[np.ndarray, BeforeValidator(_decode), PlainSerializer(_encode)]
@@ -55,7 +67,7 @@ class Record(BaseModel):
     cell: Cell
     status: Literal["ok", "failed"] = "ok"
     reason: str | None = None
-    draws: int = 1
+    draws: Annotated[int, Field(ge=1, le=255)] = 1
     ok: Array | None = None
     err: Array | None = None
     clean_ok: Array | None = None
@@ -64,6 +76,25 @@ class Record(BaseModel):
     trace: dict[str, Array] = {}
     cost: dict[str, float] = {}
     provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Record:
+        """Counts of a finished cell fit its images and its draws, or no number can be trusted."""
+        if self.status == "failed":
+            return self
+        n = self.cell.n
+        for names in (("ok", "err"), ("clean_ok", "clean_err")):
+            total = np.zeros(n, dtype=np.int64)
+            for name in names:
+                counts = getattr(self, name)
+                if counts is None or counts.shape != (n,) or counts.dtype != np.uint8:
+                    raise ValueError(f"{name} is not a count for each of {n} images")
+                total += counts
+            if (total > self.draws).any():
+                raise ValueError(f"{' + '.join(names)} is more than {self.draws} draws")
+        if self.distance is None or self.distance.shape != (n,):
+            raise ValueError(f"distance is not a number for each of {n} images")
+        return self
 
     def text(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
@@ -97,7 +128,8 @@ class Store:
             temporary.write_text(record.text())
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise unwritable(path.parent, error) from None
         return path
 
@@ -138,12 +170,20 @@ def read(path: Path) -> Record | None:
         record = Record.model_validate(data)
     except OSError as error:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from None
-    except (ValueError, ValidationError, zlib.error) as error:
-        problem = str(error).splitlines()[0]
+    except (ValueError, RecursionError) as error:
+        problem = _problem(error)
         raise InputError(f"the record {path} is broken ({problem}); {remedy}") from None
     if record.id != record.cell.id:
         raise InputError(f"the record {path} is broken (its id is not that of its cell); {remedy}")
     return record
+
+
+def _problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors()[0]
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, first['loc']))}: {text}" if first["loc"] else text
 
 
 def _folder_name(text: str) -> str:

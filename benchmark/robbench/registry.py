@@ -13,17 +13,23 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from robbench.errors import InputError, unknown
 
+if TYPE_CHECKING:
+    from robbench.datasets import Dataset
+
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z_][\w.:/-]*")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(/\d+)?(?![\w.])")
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+_SIGN = re.compile(rf"{_QUOTED.pattern}|[()\[\],]")
 _WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
@@ -53,13 +59,13 @@ class Spec(BaseModel):
 
 
 def split_list(text: str) -> list[str]:
-    """Split at the commas that are outside brackets: 'a(x=1, y=2),b' has two items."""
+    """Split at the commas outside of brackets and quotes: 'a(x=1, y=2),b' has two items."""
     items, depth, start = [], 0, 0
-    for at, sign in enumerate(text):
-        depth += (sign in "([") - (sign in ")]")
-        if sign == "," and depth == 0:
-            items.append(text[start:at])
-            start = at + 1
+    for sign in _SIGN.finditer(text):
+        depth += (sign[0] in "([") - (sign[0] in ")]")
+        if sign[0] == "," and depth == 0:
+            items.append(text[start : sign.start()])
+            start = sign.end()
     return [item.strip() for item in [*items, text[start:]] if item.strip()]
 
 
@@ -69,8 +75,10 @@ def _write(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_write(item) for item in value) + "]"
     if isinstance(value, str):
-        plain = _NAME.fullmatch(value) and value not in _WORDS
-        return value if plain or _is_call(value) else repr(value)
+        fraction = "/" in value and _NUMBER.fullmatch(value)
+        plain = fraction or (_NAME.fullmatch(value) and value not in _WORDS)
+        quote = '"' if "'" in value else "'"  # the reader knows no escapes
+        return value if plain or _is_call(value) else f"{quote}{value}{quote}"
     return str(value) if isinstance(value, Fraction) else repr(value)
 
 
@@ -152,7 +160,7 @@ class _Reader:
         self.peek()
         return found[0]
 
-    def fail(self, problem: str) -> None:
+    def fail(self, problem: str) -> NoReturn:
         raise InputError(
             f"cannot read the spec {self.text!r} at character {self.at + 1}: {problem};"
             " write name or name(key=value, key=value)"
@@ -199,6 +207,13 @@ class Registry(Generic[T]):
         if self._loaded:
             return
         self._loaded = True  # first: the modules below register into this very object
+        try:
+            self._import()
+        except Exception:
+            self._loaded = False  # a second look-up must not take half a registry for the whole
+            raise
+
+    def _import(self) -> None:
         if self.package:
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__):
@@ -212,17 +227,46 @@ class Registry(Generic[T]):
                     f" {type(error).__name__}: {error}; repair or uninstall that package"
                 ) from error
             # a plugin that uses our decorator is registered by being imported
-            if loaded not in self._entries.values():
+            known = self._entries.values()
+            if all(loaded is not entry and loaded is not _function(entry) for entry in known):
                 self.add(point.name, loaded)
+
+
+def _function(entry: object) -> object:
+    """The function that the attack decorator wrapped; any other entry itself."""
+    return getattr(entry, "run", entry)
 
 
 def _place(entry: object) -> str:
     try:
-        return inspect.getsourcefile(entry) or repr(entry)  # type: ignore[arg-type]
+        return inspect.getsourcefile(_function(entry)) or repr(entry)  # type: ignore[arg-type]
     except TypeError:
         return repr(entry)
 
 
 defenses: Registry[type] = Registry("defense", "robbench.defenses")
-attacks: Registry[Callable[..., object]] = Registry("attack", "robbench.attacks")
+attacks: Registry[Any] = Registry("attack", "robbench.attacks")  # Attack, or a plugin's function
 datasets: Registry[Callable[..., object]] = Registry("dataset", None)
+
+
+def dataset(name: str, data_dir: Path | None = None) -> Dataset:
+    """The dataset of this name: built in, folder:PATH, or a plugin's.
+
+    A plugin is a function (data_dir: Path | None) -> Dataset, called once per process.
+    """
+    from robbench import datasets as built_in
+
+    if name in built_in.DATASETS or name not in datasets:
+        built_in.check_name(name, list(datasets))
+        return built_in.load(name, data_dir)
+    return _plugin_dataset(name, data_dir)
+
+
+@lru_cache(maxsize=4)
+def _plugin_dataset(name: str, data_dir: Path | None) -> Dataset:
+    from robbench.datasets import Dataset
+
+    made = datasets.get(name)(data_dir)
+    if not isinstance(made, Dataset):
+        raise InputError(f"the dataset plugin {name!r} returned {type(made).__name__}, no Dataset")
+    return made

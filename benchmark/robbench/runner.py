@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robbench import datasets
+from robbench import registry
 from robbench.attacks import Configured
 from robbench.checkpoints import Shelf, Trained, cache_folder, key_of
 from robbench.datasets import Dataset, Subset
@@ -32,6 +32,7 @@ from robbench.estimator import (
     Access,
     images_at_once,
     preserved_random_state,
+    sandboxed,
     seed_everything,
 )
 from robbench.grid import Cell
@@ -67,7 +68,7 @@ class Shared:
     clean: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def dataset(self, name: str) -> Dataset:
-        return self.given[name] if name in self.given else datasets.load(name, self.data_dir)
+        return self.given[name] if name in self.given else registry.dataset(name, self.data_dir)
 
     @property
     def shelf(self) -> Shelf:
@@ -124,9 +125,7 @@ def run_shard(
         return [Part(cell, shard, reason) for cell in cells]
 
 
-def _run_shard(
-    cells: Sequence[Cell], shard: int, shared: Shared, progress: Progress
-) -> list[Part]:
+def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Progress) -> list[Part]:
     first = cells[0]
     dataset = shared.dataset(first.dataset)
     subset = dataset.subset(first.n)
@@ -140,11 +139,12 @@ def _run_shard(
     if attack.entry.minimal:
         threat = threat.model_copy(update={"eps": None})
     started = time.perf_counter()
-    with preserved_random_state():
-        seed = derive(first.seed, first.attack_key(), shard, "attack")
-        seed_everything(seed)
+    seed = derive(first.seed, first.attack_key(), shard, "attack")
+    with sandboxed(source.deployed, seed):
         rng = torch.Generator().manual_seed(seed)
-        adversarial = attack(access, x, y, threat, rng)
+        # copies: an attack that writes into x would be measured against what it wrote
+        adversarial = attack(access, x.clone(), y.clone(), threat, rng)
+    _check_trace(access.trace, len(y))
     cost = {
         "forwards": access.cost.forwards / len(y),
         "backwards": access.cost.backwards / len(y),
@@ -162,6 +162,13 @@ def _run_shard(
     return parts
 
 
+def _check_trace(trace: dict[str, np.ndarray], n: int) -> None:
+    for name, values in trace.items():
+        numbers = isinstance(values, np.ndarray) and values.dtype.kind in "biuf"
+        if not numbers or values.shape[-1:] != (n,):
+            raise Violation(f"the attack left a trace {name!r} that is not (..., {n}) numbers")
+
+
 def _access(cell: Cell, source: Trained) -> Access:
     """What the setting gives the attacker."""
     setting, deployed = cell.setting, source.deployed
@@ -170,8 +177,7 @@ def _access(cell: Cell, source: Trained) -> Access:
     if setting.kind == "transfer":
         return Access(deployed, draws=setting.eot, own=False)
     if setting.kind == "adaptive":
-        losses = resolve(cell.defense)[0].losses if "&" not in cell.defense else {}
-        return Access(deployed, draws=setting.eot, loss=next(iter(losses.values()), None))
+        return Access(deployed, draws=setting.eot, loss=source.loss)
     return Access(deployed)
 
 
@@ -217,6 +223,7 @@ def _judge(
         "subset_hash": subset.hash,
         "randomness": list(deployed.randomness),
         "chunk": deployed.chunk,
+        "threads": torch.get_num_threads(),
         "shard": len(shards(cell.n, deployed.shape)[0]),
     }
 
@@ -284,20 +291,34 @@ def merge(parts: Sequence[Part], shared: Shared) -> Record:
         trace={
             key: np.concatenate([part.trace[key] for part in parts], axis=-1)
             for key in parts[0].trace
+            if all(key in part.trace for part in parts)
         },
         cost=cost,
         provenance=provenance,
     )
 
 
+def choose_device(name: str) -> torch.device:
+    """auto takes cuda, then mps, then the CPU; what is not there is an InputError."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        raise InputError(f"there is no {name} device here; write --device auto or --device cpu")
+    return torch.device(name)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads, for the record."""
+    """Versions and device, for the record."""
     return {
         "robbench": importlib.metadata.version("robbench"),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
 
@@ -348,9 +369,10 @@ def base_keys(spec: str, dataset: Dataset, train_seed: int) -> list[str]:
     return [key for key, _ in _chain(spec, dataset, train_seed)][:-1]
 
 
-def needed_keys(cell: Cell, dataset: Dataset) -> list[str]:
+def needed_keys(cell: Cell, shared: Shared) -> list[str]:
     """Keys of the checkpoints that a cell runs on."""
-    specs = dict.fromkeys((cell.source, cell.defense))
-    return [key for spec in specs for key, _ in _chain(spec, dataset, cell.train_seed)]
-
-
+    dataset = shared.dataset(cell.dataset)
+    specs = [spec for spec in (cell.source, cell.defense) if spec not in shared.models]
+    return [
+        key for spec in dict.fromkeys(specs) for key, _ in _chain(spec, dataset, cell.train_seed)
+    ]

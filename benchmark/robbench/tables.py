@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+from robbench.defense import resolve, shown
+from robbench.errors import InputError
 from robbench.grid import Cell
-from robbench.metrics import Measure, Metrics, metrics
+from robbench.metrics import Measure, Metrics, metrics, persistent
 from robbench.records import Record
 from robbench.threat import NORM_NAMES, format_eps
 
@@ -19,9 +21,11 @@ FOOTNOTE = (
     "Each share stands above its 95 % interval over images: Wilson or Clopper-Pearson for"
     " deterministic defenses; for stochastic ones Wilson at the effective sample size of the"
     " per-image means, BCa bootstrap below 200 images. The interval covers the sampling of images"
-    " only: an accuracy under attack is an upper bound on the true robustness. *cost* is forward +"
-    " backward passes of single networks per image, and wall time summed over processes."
+    " only: an accuracy under attack is an upper bound on the true robustness. RA@10 is the share"
+    " of images that survive ten tries of the same x'. *passes / image* is forward + backward"
+    " passes of single networks."
 )
+TRIES = 10  # of a persistent attacker
 SHARES = ("accuracy", "incorrect", "abstained", "correct_or_abstained", "robust")
 
 
@@ -88,7 +92,7 @@ def setting_text(cell: Cell, deterministic: bool) -> str:
     setting = cell.setting
     text: str = setting.kind
     if setting.oracle:
-        text += f" from {setting.oracle}"
+        text += f" from {shown(setting.oracle, cell.dataset)}"
     if setting.eot > 1:
         text += f" EOT {setting.eot}"
     if setting.kind == "whitebox" and deterministic:
@@ -97,7 +101,20 @@ def setting_text(cell: Cell, deterministic: bool) -> str:
 
 
 def deterministic(row: Row) -> bool:
-    return row.record is not None and row.record.draws == 1
+    """Every pass answers alike, and no loss of its own makes another attack the adaptive one."""
+    return row.record is not None and row.record.draws == 1 and not _own_loss(row.cell.defense)
+
+
+def _own_loss(defense: str) -> bool:
+    try:
+        return any(part.losses for part in resolve(defense))
+    except InputError:  # a model of the caller, a plugin that is not installed
+        return False
+
+
+def tried(record: Record) -> Measure:
+    """RA@10; one answer of a deterministic defense stands for ten."""
+    return persistent(record, min(TRIES, record.draws))
 
 
 def groups(made: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -136,7 +153,7 @@ def _clean_table(made: Sequence[Row]) -> str:
         seen.setdefault(
             key,
             [
-                f"`{cell.defense}`",
+                f"`{shown(cell.defense, cell.dataset)}`",
                 _cells(row.metrics.clean),
                 _cells(row.metrics.clean_abstained),
                 cell.n,
@@ -145,19 +162,20 @@ def _clean_table(made: Sequence[Row]) -> str:
         )
     ordered = [seen[key] for key in sorted(seen, key=str)]
     headers = ["defense", "clean accuracy %", "abstained %", "n", "train seed"]
-    return tabulate(ordered, headers, tablefmt="github", disable_numparse=True)
+    return _tabulated(ordered, headers)
 
 
-def _group_table(group: Sequence[Row]) -> str:
+def _group_table(group: Sequence[Row], style: str = "github") -> str:
     lines = []
     for row in group:
         assert row.metrics is not None and row.record is not None
         lines.append(
             [
-                f"`{row.cell.defense}`",
+                f"`{shown(row.cell.defense, row.cell.dataset)}`",
                 setting_text(row.cell, deterministic(row)),
                 format_eps(row.cell.threat.eps),
                 *(_cells(getattr(row.metrics, name)) for name in SHARES),
+                _cells(tried(row.record)),
                 cost_passes(row.record),
             ]
         )
@@ -170,13 +188,33 @@ def _group_table(group: Sequence[Row]) -> str:
         "abstained %",
         "correct + abstained %",
         "robust %",
+        f"RA@{TRIES} %",
         "passes / image",
     ]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return _tabulated(lines, headers, style)
+
+
+def _tabulated(
+    lines: Sequence[Sequence[object]], headers: Sequence[str], style: str = "github"
+) -> str:
+    """A bar or a line break inside a cell would end it."""
+    if style == "github":
+        lines = [
+            [" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines
+        ]
+    return tabulate(lines, headers, tablefmt=style, disable_numparse=True)
 
 
 def cost_passes(record: Record) -> str:
     return f"{record.cost['forwards'] + record.cost['backwards']:.0f}"
+
+
+def text(made: Sequence[Row]) -> str:
+    """The tables as plain text, for a Python prompt."""
+    finished = [row for row in made if row.metrics is not None]
+    parts = [f"{title}\n{_group_table(group, 'simple')}" for title, group in groups(finished)]
+    parts += [f"failed: {row.cell}: {row.note}" for row in made if row.metrics is None]
+    return "\n\n".join(parts)
 
 
 def flat(row: Row) -> dict[str, object]:
@@ -200,14 +238,22 @@ def flat(row: Row) -> dict[str, object]:
         "reason": "" if row.metrics else row.note,
     }
     if row.metrics and row.record:
-        for name in (*SHARES, "conditional", "clean", "clean_abstained"):
-            measure: Measure = getattr(row.metrics, name)
-            values[name] = round(measure.value, 6)
-            values[f"{name}_low"] = round(measure.interval.low, 6)
-            values[f"{name}_high"] = round(measure.interval.high, 6)
+        names = (*SHARES, "conditional", "clean", "clean_abstained")
+        measures: dict[str, Measure] = {name: getattr(row.metrics, name) for name in names}
+        measures[f"ra_at_{TRIES}"] = tried(row.record)
+        for name, measure in measures.items():
+            values[name] = _rounded(measure.value)
+            values[f"{name}_low"] = _rounded(measure.interval.low)
+            values[f"{name}_high"] = _rounded(measure.interval.high)
+        values["draw_error"] = _rounded(row.metrics.draw_error)
         values["draws"] = row.record.draws
         values |= {key: row.record.cost[key] for key in ("forwards", "backwards", "queries")}
     return values
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits; None for nan, which JSON has no word for."""
+    return round(value, 6) if value == value else None
 
 
 def comma_separated(made: Sequence[Row]) -> str:

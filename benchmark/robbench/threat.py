@@ -28,8 +28,8 @@ def parse_eps(text: object) -> Fraction:
     if isinstance(text, Fraction):
         value = text
     else:
-        literal = repr(text) if isinstance(text, float) else str(text).strip()
-        if not re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?(/\d*[1-9]\d*)?", literal):
+        literal = repr(float(text)) if isinstance(text, float) else str(text).strip()
+        if not re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d{1,2})?(/\d*[1-9]\d*)?", literal):
             raise InputError(
                 f"ε = {text} is not a number; write a fraction (8/255) or a decimal (0.1)"
             )
@@ -80,7 +80,8 @@ class Threat(BaseModel):
 
 def parse_norm(text: str) -> Norm:
     """One of the known norms; the aliases Linf, inf and 2 are understood."""
-    name = {"inf": "linf", "∞": "linf", "2": "l2", "1": "l1", "0": "l0"}.get(text, text.lower())
+    name = text.lower()
+    name = {"inf": "linf", "∞": "linf", "2": "l2", "1": "l1", "0": "l0"}.get(name, name)
     for norm in NORM_NAMES:
         if name == norm:
             return norm

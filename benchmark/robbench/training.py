@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 from torch import Generator, Tensor, nn
 
 from robbench.attacks import check_settings
 from robbench.errors import InputError, unknown
 from robbench.registry import Spec
-from robbench.threat import Eps, Norm, ascend, project, random_start
+from robbench.threat import Eps, ascend, check_budget, project, random_start
 
 if TYPE_CHECKING:
     from robbench.datasets import Dataset
@@ -40,14 +48,31 @@ class Adversarial(BaseModel):
     et al. 2020, arXiv:2001.03994. trades: Zhang et al. 2019, arXiv:1901.08573, eq. 5.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["fgsm", "pgd", "trades"] = "pgd"
-    norm: Norm = "linf"
+    norm: Literal["linf", "l2", "l1"] = "linf"
     eps: Eps = Fraction(8, 255)
     steps: Annotated[int, Field(ge=1)] = 10
     step: Eps | None = None
     random: bool = True
-    beta: float = 6.0
+    beta: Annotated[float, Field(ge=0)] = 6.0
+
+    @field_validator("eps")
+    @classmethod
+    def _plausible(cls, eps: Fraction, given: ValidationInfo) -> Fraction:
+        if "norm" in given.data:
+            check_budget(given.data["norm"], eps)
+        return eps
+
+    @field_validator("steps", "random", "beta")
+    @classmethod
+    def _used(cls, value: Any, given: ValidationInfo) -> Any:
+        """A setting that changes nothing would be believed to do something."""
+        users = {"steps": ("pgd", "trades"), "random": ("pgd", "fgsm"), "beta": ("trades",)}
+        kinds = users[str(given.field_name)]
+        if given.data.get("kind") not in kinds:
+            raise ValueError(f"only {' and '.join(kinds)} use it; leave it out")
+        return value
 
     @property
     def step_size(self) -> float:
@@ -71,7 +96,9 @@ class Adversarial(BaseModel):
             x = x.detach().requires_grad_()
             logits = scores(x)
             if self.kind == "trades":
-                loss = F.kl_div(F.log_softmax(logits, 1), reference, reduction="sum", log_target=True)
+                loss = F.kl_div(
+                    F.log_softmax(logits, 1), reference, reduction="sum", log_target=True
+                )
             else:
                 loss = F.cross_entropy(logits, y, reduction="sum")
             gradient = torch.autograd.grad(loss, x)[0]
@@ -121,13 +148,14 @@ AdversarialSpec = Annotated[
 class Optimisation(BaseModel):
     """The fields of a recipe that say how it is optimised; part of every defense's spec."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     epochs: Annotated[int, Field(ge=1)] = 30
     batch_size: Annotated[int, Field(ge=2)] = 64
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: Annotated[float, Field(gt=0)] = 0.01
     schedule: Literal["one-cycle", "steps", "constant"] = "one-cycle"
-    decay_at: tuple[float, ...] = (0.4, 0.6, 0.8)  # of all epochs, for schedule=steps: lr / 10
+    # shares of all epochs after which schedule=steps divides lr by 10
+    decay_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.4, 0.6, 0.8)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     crop: Annotated[int, Field(ge=0)] = 0  # pixels of padding for random crops
     flip: bool = False
@@ -177,6 +205,10 @@ def train(
 
     Every group has its own seed, so that a member does not depend on which others are trained.
     """
+    if len(dataset.train.y) < 2:
+        raise InputError(
+            f"dataset {dataset.name} has no training images; {defense.name} needs some"
+        )
     groups = [members] if defense.joint else [nn.ModuleList([member]) for member in members]
     per_epoch = math.ceil(len(dataset.train.y) / defense.batch_size)
     total = defense.epochs * per_epoch
@@ -195,9 +227,9 @@ def train(
             schedule.step()
             defense.after_step(group, done)
             done += 1
-            if done % per_epoch == 0 and not math.isfinite(float(loss.detach())):
+            if done % per_epoch == 0 and not math.isfinite(loss.item()):
                 raise Diverged(
-                    f"training of {defense.name} diverged: loss {float(loss)} after"
+                    f"training of {defense.name} diverged: loss {loss.item()} after"
                     f" {done // per_epoch} epochs; lower lr"
                 )
             progress(done, total * len(groups))
@@ -208,8 +240,6 @@ def _epochs(
     defense: Defense, dataset: Dataset, rng: Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     x, y = (tensor.to(device) for tensor in dataset.train)
-    if len(y) < 2:
-        raise InputError(f"dataset {dataset.name} has no training images; {defense.name} needs some")
     for _ in range(defense.epochs):
         order = torch.randperm(len(y), generator=rng).to(device)
         for picked in order.split(defense.batch_size):

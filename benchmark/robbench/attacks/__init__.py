@@ -80,7 +80,7 @@ def find(name: str) -> Attack:
         return {"torchattacks": torchattacks, "art": art}[library].find(inner)
     entry = registry.attacks.get(name)
     if not isinstance(entry, Attack):  # a plugin's bare function
-        entry = Attack(name, entry, frozenset({"linf", "l2", "l1"}))  # type: ignore[arg-type]
+        entry = Attack(name, entry, frozenset({"linf", "l2", "l1"}))
     return entry
 
 

@@ -24,6 +24,7 @@ from robbench.threat import Eps, Norm, Threat, ascend, project, random_start
 
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 TRACED = 5  # steps of which the loss is kept
+LARGEST = float(np.finfo(np.float16).max)  # logits of a million are a fault that the trace can say
 Steps = Annotated[int, Field(ge=1)]
 Keep = Literal["best", "last"]
 
@@ -203,16 +204,17 @@ class _Loop:
         self.access, self.x, self.y, self.target = access, x, y, target
         self.norm, self.eps, self.plan, self.loss = threat.norm, _eps(threat), plan, loss
         self.losses = np.full((TRACED, len(x)), np.nan, dtype=np.float32)
-        self.zeros, self.dead = torch.zeros(len(x)), torch.zeros(len(x))
+        self.evaluations, self.zeros, self.dead = torch.zeros(3, len(x))
 
     @property
     def trace(self) -> dict[str, np.ndarray]:
         """loss (5, N) at evenly spaced steps (NaN once broken); zero_gradient (N,) mean share of
-        zero pixels; dead (N,) share of steps whose whole gradient was zero."""
+        zero pixels and dead (N,) share of all-zero gradients, over the evaluations made."""
+        made = self.evaluations.clamp_min(1)
         return {
-            "loss": self.losses.astype(np.float16),
-            "zero_gradient": self.zeros.numpy().astype(np.float16),
-            "dead": self.dead.numpy().astype(np.float16),
+            "loss": self.losses.clip(-LARGEST, LARGEST).astype(np.float16),
+            "zero_gradient": (self.zeros / made).numpy().astype(np.float16),
+            "dead": (self.dead / made).numpy().astype(np.float16),
         }
 
     def climb(self, start: Tensor, restart: int = 0) -> list[Tensor]:
@@ -262,7 +264,8 @@ class _Loop:
 
     def _note(self, step: int, active: Tensor, value: Tensor, gradient: Tensor) -> None:
         if not bool(value.isfinite().all()) or not bool(gradient.isfinite().all()):
-            bad = int((~value.isfinite()).sum()) or int((~gradient.isfinite().flatten(1)).any(1).sum())
+            broken = ~(value.isfinite() & gradient.isfinite().flatten(1).all(dim=1))
+            bad = int(broken.sum())
             raise FloatingPointError(
                 f"the loss or its gradient is not finite at step {step} for {bad} images"
             )
@@ -270,6 +273,6 @@ class _Loop:
         marks = np.linspace(0, steps - 1, TRACED).round().astype(int)
         self.losses[np.ix_(np.flatnonzero(marks == step), index.numpy())] = value.cpu().numpy()
         zero = (gradient == 0).flatten(1).float().mean(dim=1).cpu()
-        evaluations = steps * self.plan.restarts
-        self.zeros[index] += zero / evaluations
-        self.dead[index] += (zero == 1).float() / evaluations
+        self.evaluations[index] += 1
+        self.zeros[index] += zero
+        self.dead[index] += (zero == 1).float()

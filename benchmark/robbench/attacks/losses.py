@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from robbench.errors import unknown
+from robbench.errors import InputError, unknown
 from robbench.estimator import Access, Draw, Loss
 
 ScoreLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -71,6 +71,8 @@ def choose(access: Access, name: str) -> Loss:
     """The loss of this name; 'auto' is the defense's own in the setting adaptive, else CE."""
     if name == "auto":
         return access.loss or access.score_loss(ce)
+    if name == "dlr" and access.deployed.labels < 3:
+        raise InputError("the loss dlr is a constant with 2 labels; write loss=ce or loss=margin")
     if name in SCORE_LOSSES:
         return access.score_loss(SCORE_LOSSES[name])
     if name in DRAW_LOSSES:

@@ -79,7 +79,9 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("robbench: interrupted; finished cells are kept, run it again to go on", err=True)
+        click.echo(
+            "robbench: interrupted; finished cells are kept, run it again to go on", err=True
+        )
         sys.exit(130)
     except click.ClickException as error:
         error.show()

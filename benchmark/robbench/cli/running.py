@@ -15,8 +15,6 @@ from robbench.cli.options import attack_option, common, defense_option
 from robbench.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from robbench.datasets import Dataset
     from robbench.grid import Block, Cell
     from robbench.runner import Shared
@@ -29,14 +27,22 @@ if TYPE_CHECKING:
 @click.option("--eps", help="ε such as 8/255 or 0.1,0.2.  [default: the dataset's list]")
 @click.option("--setting", help="whitebox, adaptive, transfer, blackbox.")
 @click.option("--oracle", help="Defenses that transfer attacks are crafted on.")
-@click.option("--eot", type=click.IntRange(1), default=20, show_default=True, help="Draws behind a gradient.")
-@click.option("--target", default="none", show_default=True, help="A label, random, or least-likely.")
+@click.option(
+    "--eot", type=click.IntRange(1), default=20, show_default=True, help="Draws behind a gradient."
+)
+@click.option(
+    "--target", default="none", show_default=True, help="A label, random, or least-likely."
+)
 @click.option("--baseline", default="standard,pgd-at", show_default=True, help="Or none.")
 @click.option("--dataset", default="digits", show_default=True, help="A name or folder:PATH.")
 @click.option("-n", "count", type=int, help="Test images.  [default: 500]")
 @click.option("--preset", default="quick", show_default=True, help="quick or paper.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Attack seeds 0, 1, ….")
-@click.option("--train-seeds", type=click.IntRange(1), default=1, show_default=True, help="Trained models.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, help="Attack seeds 0, 1, …."
+)
+@click.option(
+    "--train-seeds", type=click.IntRange(1), default=1, show_default=True, help="Trained models."
+)
 @click.option("--set", "assignments", multiple=True, help="defense.KEY=V or attack.KEY=V.")
 @click.option("--grid", type=click.Path(path_type=Path), help="A YAML file instead of the above.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
@@ -59,10 +65,10 @@ def run_command(**options: Any) -> None:
     from robbench.cli.terminal import Console
     from robbench.executors import measure
     from robbench.records import Store
-    from robbench.runner import Shared
+    from robbench.runner import Shared, choose_device
     from robbench.tables import Row, rows
 
-    shared = Shared(options["out"], options["data_dir"], device(options["device"]))
+    shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
     cells = _cells(blocks, options)
     store = Store(options["out"])
     store.check_writable()
@@ -71,9 +77,7 @@ def run_command(**options: Any) -> None:
     console = Console(quiet=options["quiet"] or options["as_json"])
     workers = options["workers"] or os.cpu_count() or 1
     with console.progress(missing, shared) as progress:
-        for record in measure(
-            missing, store, shared, workers, progress.report, progress.finished
-        ):
+        for record in measure(missing, store, shared, workers, progress.report, progress.finished):
             known[record.cell.id] = record
             progress.record(record)
     found = [record for record in known.values() if record is not None]
@@ -93,11 +97,11 @@ def run_command(**options: Any) -> None:
 
 def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
     """All cells in reading order, each once."""
-    from robbench import datasets
+    from robbench import registry
 
     cells: dict[str, Cell] = {}
     for block in blocks:
-        dataset = datasets.load(block.dataset, options["data_dir"])
+        dataset = registry.dataset(block.dataset, options["data_dir"])
         for cell in block.cells(dataset, options["preset"]):
             cells.setdefault(cell.id, cell)
     if not cells:
@@ -111,7 +115,7 @@ def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
 def _blocks(options: dict[str, Any]) -> list[Block]:
     from pydantic import ValidationError
 
-    from robbench.grid import Block, read_blocks
+    from robbench.grid import Block, invalid, read_blocks
 
     if options["grid"]:
         if options["defense"] or options["attack"]:
@@ -140,9 +144,7 @@ def _blocks(options: dict[str, Any]) -> list[Block]:
     try:
         return [Block(**{key: value for key, value in fields.items() if value is not None})]
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{key} = {problem['input']!r}: {problem['msg']}") from None
+        raise InputError("; ".join(invalid(error))) from None
 
 
 def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
@@ -160,22 +162,6 @@ def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
     if not settings:
         return text
     return ",".join(str(Spec.parse(item).with_settings(settings)) for item in split_list(text))
-
-
-def device(name: str) -> torch.device:
-    """auto takes cuda, then mps, then the CPU; what is not there is an InputError."""
-    import torch
-
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    if not available[name]:
-        raise InputError(f"there is no {name} device here; write --device auto or --device cpu")
-    return torch.device(name)
 
 
 def write_board(store: Any, dataset: str) -> None:
@@ -213,14 +199,14 @@ def train_command(
 ) -> None:
     """Train a defense, and what it is built on, unless a checkpoint is there; say where it lies."""
     check_installation()
-    from robbench import datasets
+    from robbench import registry
     from robbench.checkpoints import key_of
     from robbench.cli.terminal import Console
     from robbench.defense import resolve, with_preset
-    from robbench.runner import Shared
+    from robbench.runner import Shared, choose_device
 
-    shared = Shared(out, data_dir, globals()["device"](device))
-    data: Dataset = datasets.load(dataset, data_dir)
+    shared = Shared(out, data_dir, choose_device(device))
+    data: Dataset = registry.dataset(dataset, data_dir)
     spec = with_preset(defense, preset, data.name)
     with Console(quiet=quiet).training(str(spec)) as report:
         shared.deploy(str(spec), data, train_seed, report)
@@ -241,7 +227,7 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     from robbench.executors import measure
     from robbench.metrics import metrics
     from robbench.records import read
-    from robbench.runner import Shared
+    from robbench.runner import Shared, choose_device
 
     if not record.exists():
         raise InputError(f"there is no record {record}; give the path of a file below records/")
@@ -251,14 +237,16 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     if old.status != "ok":
         raise InputError(f"the record {record} is of a failed cell ({old.reason})")
     beside = record.resolve().parents[3] if len(record.resolve().parents) > 3 else out
-    shared = Shared(beside, data_dir, globals()["device"](device))
+    shared = Shared(beside, data_dir, choose_device(device))
     _check_identity(old.cell, shared)
     new = next(measure([old.cell], None, shared))
     if new.status != "ok":
         click.echo(f"does not hold: the cell fails now ({new.reason})")
         click.get_current_context().exit(1)
     was, now = metrics(old), metrics(new)
-    figures = f"accuracy {100 * was.accuracy.value:.2f} % then, {100 * now.accuracy.value:.2f} % now"
+    figures = (
+        f"accuracy {100 * was.accuracy.value:.2f} % then, {100 * now.accuracy.value:.2f} % now"
+    )
     same = all(
         bool((getattr(old, key) == getattr(new, key)).all()) for key in ("ok", "err", "distance")
     )

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from robbench import tables
+from robbench.defense import shown
 from robbench.tables import Row
 from robbench.threat import format_eps
 
@@ -107,7 +108,7 @@ def _table(title: str, group: Sequence[Row]) -> Table:
     for row in group:
         assert row.metrics is not None and row.record is not None
         cell = row.cell
-        key = (cell.defense, tables.setting_text(cell, tables.deterministic(row)))
+        key = (shown(cell.defense, cell.dataset), tables.setting_text(cell, tables.deterministic(row)))
         shares = [getattr(row.metrics, name) for name, _ in COLUMNS]
         names = key if key != previous else ("", "")
         table.add_row(

@@ -8,6 +8,9 @@ from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from robbench.errors import InputError, unknown
+from robbench.networks.blocks import Block
+from robbench.networks.lstm import LSTM
+from robbench.networks.mlp import MLP
 from robbench.networks.network import (
     Network,
     Normalize,
@@ -15,9 +18,6 @@ from robbench.networks.network import (
     load_torchvision,
     torchvision_weights,
 )
-from robbench.networks.blocks import Block
-from robbench.networks.lstm import LSTM
-from robbench.networks.mlp import MLP
 from robbench.networks.resnet import ResNet, quick, resnet, thin_resnet
 from robbench.networks.vgg import VGG16
 from robbench.networks.wideresnet import wideresnet

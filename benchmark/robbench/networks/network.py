@@ -92,7 +92,7 @@ def torchvision_weights(architecture: str, tag: str) -> Mapping[str, Tensor]:
     except (KeyError, ValueError):
         raise InputError(f"torchvision has no weights {tag} for {architecture}") from None
     try:
-        return weights.get_state_dict(check_hash=True, weights_only=True)  # type: ignore[no-any-return]
+        return weights.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"cannot fetch {weights.url} ({error}); put that file into"

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from robbench.networks.network import Network, Shape, init_convolutions
 from robbench.networks.blocks import BasicBlock, Block, Bottleneck, PreActivationBlock, conv3x3
+from robbench.networks.network import Network, Shape, init_convolutions
 
 Form = Literal["auto", "cifar", "imagenet"]
 

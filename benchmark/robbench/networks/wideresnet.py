@@ -7,8 +7,8 @@ from functools import partial
 from torch import nn
 
 from robbench.errors import InputError
-from robbench.networks.network import Shape
 from robbench.networks.blocks import PreActivationBlock, conv3x3
+from robbench.networks.network import Shape
 from robbench.networks.resnet import ResNet
 
 

@@ -1,0 +1,200 @@
+"""robbench.evaluate: the main job from Python, for defenses by name and for the caller's models."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from robbench import registry, tables
+from robbench.checkpoints import Trained
+from robbench.datasets import Dataset, from_tensors
+from robbench.errors import InputError
+from robbench.estimator import Deployed, Loss, MeanProbabilities, Rule
+from robbench.executors import measure
+from robbench.grid import MODEL, Block, Cell, invalid
+from robbench.records import Record, Store
+from robbench.runner import Shared, choose_device
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Data = str | Dataset | tuple[Any, Any]  # a name, folder:PATH, a Dataset, or (x, y)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: records, and the tables that follow from them."""
+
+    records: Sequence[Record]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per cell: shares in [0, 1] with the ends of their 95 % intervals."""
+        import pandas as pd
+
+        return pd.DataFrame([tables.flat(row) for row in tables.rows(self.records)])
+
+    def __str__(self) -> str:
+        """One table per attack, norm and n."""
+        return tables.text(tables.rows(self.records))
+
+
+def deploy(
+    model: nn.Module | Sequence[nn.Module],
+    dataset: Dataset,
+    *,
+    rule: Rule | None = None,
+    draws: int = 1,
+    loss: Loss | None = None,
+    device: str = "auto",
+) -> Trained:
+    """A caller's model, (N, C, H, W) images in [0, 1] -> (N, L) logits, as a frozen copy.
+
+    Several models are members of one ensemble; rule says how draws and members become a decision
+    (default: mean softmax), draws how many passes one decision takes, loss what the attacker who
+    knows the defense maximises. InputError for a model that cannot be attacked as it is: in
+    training mode, with probabilities for logits, or with fewer outputs than there are labels.
+    """
+    members = nn.ModuleList([model] if isinstance(model, nn.Module) else list(model))
+    for member in members:
+        if member.training:
+            raise InputError(
+                f"{type(member).__name__} is in training mode; call model.eval() first"
+                " (sub-modules that are random when deployed may stay in train())"
+            )
+    frozen = copy.deepcopy(members).to(choose_device(device))
+    labels = max(_labels(member, dataset) for member in frozen)
+    return Trained(
+        Deployed(frozen, rule or MeanProbabilities(), dataset.shape, labels, draws), (), loss
+    )
+
+
+@torch.no_grad()
+def _labels(member: nn.Module, dataset: Dataset) -> int:
+    """How many labels a member scores; what it answers to two test images is checked."""
+    name = type(member).__name__
+    parameter = next(member.parameters(), torch.empty(0))
+    x = dataset.test.x[:2].to(parameter.device)
+    try:
+        logits = member(x)
+    except (RuntimeError, ValueError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(
+            f"{name} cannot take images of shape {tuple(x.shape)}: {problem}"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"{name} must return logits of shape (N, labels), not {shape}")
+    if logits.shape[1] < len(dataset.labels):
+        raise InputError(
+            f"{name} scores {logits.shape[1]} labels, but {dataset.name} has {len(dataset.labels)}"
+        )
+    ones = torch.ones(len(x), device=logits.device)
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(dim=1).float(), ones, atol=1e-3):
+        raise InputError(
+            f"{name} returns probabilities, whose gradients mislead attacks; return the logits"
+        )
+    return int(logits.shape[1])
+
+
+def evaluate(
+    defense: str | nn.Module | Trained | Sequence[str | nn.Module | Trained],
+    dataset: Data = "digits",
+    attack: str | Sequence[str] = "pgd",
+    *,
+    norm: str | Sequence[str] | None = None,
+    eps: str | float | Sequence[str | float] | None = None,
+    setting: str | Sequence[str] | None = None,
+    oracle: str | nn.Module | Trained | None = None,
+    eot: int = 20,
+    target: str | int = "none",
+    n: int | None = None,
+    seed: int = 0,
+    train_seed: int = 0,
+    preset: str = "quick",
+    device: str = "auto",
+    workers: int = 1,
+    data_dir: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Evaluation:
+    """Attack defenses and return what they are worth; the arguments are those of `robbench run`.
+
+    defense: specs, own models (see `deploy`), or a list of both. dataset: a name, `folder:PATH`,
+    a Dataset, or tensors (x, y) with x (N, C, H, W) in [0, 1]. eps in units of [0, 1], as '8/255'
+    or 0.1. n: how many test images (default 500, or all). out: a folder to keep records in and to
+    read finished ones from; by default nothing is written. workers: processes, for specs only.
+    Raises InputError for bad input. A cell that fails is a record with status 'failed'.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    data = _dataset(dataset, folder)
+    given = {} if isinstance(dataset, str) else {data.name: data}
+    models: dict[str, Trained] = {}
+    wanted = [defense] if isinstance(defense, (str, nn.Module, Trained)) else list(defense)
+    fields: Mapping[str, object] = {
+        "dataset": data.name,
+        "n": n,
+        "defense": [_name(item, data, models, device) for item in wanted],
+        "attack": attack,
+        "norm": norm,
+        "eps": eps,
+        "setting": setting,
+        "oracle": [] if oracle is None else [_name(oracle, data, models, device)],
+        "eot": eot,
+        "target": str(target),
+        "seed": seed,
+        "train_seed": train_seed,
+    }
+    try:
+        block = Block(**{key: value for key, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise InputError("; ".join(invalid(error))) from None
+    cells = list(dict.fromkeys(block.cells(data, preset, models)))
+    store = None if out is None else Store(Path(out))
+    if store:
+        store.check_writable()
+    shared = Shared(
+        Path(out) if out else Path("leaderboards"), folder, choose_device(device), given, models
+    )
+    return Evaluation(_measured(cells, store, shared, workers))
+
+
+def _dataset(dataset: Data, folder: Path | None) -> Dataset:
+    if isinstance(dataset, str):
+        return registry.dataset(dataset, folder)
+    return dataset if isinstance(dataset, Dataset) else from_tensors(*dataset)
+
+
+def _name(
+    item: str | nn.Module | Trained, data: Dataset, models: dict[str, Trained], device: str
+) -> str:
+    """The spec, or a name for a model of the caller that changes with its weights."""
+    if isinstance(item, str):
+        return item
+    trained = item if isinstance(item, Trained) else deploy(item, data, device=device)
+    members = trained.deployed.members
+    rule, draws = trained.deployed.rule, trained.deployed.draws
+    digest = hashlib.sha256(f"{type(rule).__qualname__} {vars(rule)} {draws}".encode())
+    for key, tensor in members.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    kinds = "+".join(dict.fromkeys(type(member).__name__ for member in members))
+    name = f"{MODEL}{kinds}:{digest.hexdigest()[:12]}"
+    models[name] = trained
+    return name
+
+
+def _measured(
+    cells: Iterable[Cell], store: Store | None, shared: Shared, workers: int
+) -> list[Record]:
+    known = {cell: store.get(cell) if store else None for cell in cells}
+    missing = [cell for cell, record in known.items() if record is None]
+    for record in measure(missing, store, shared, workers):
+        known[record.cell] = record
+    return [record for record in known.values() if record is not None]
