@@ -32,13 +32,13 @@ class VarianceNoise(nn.Module):
 
     def __init__(self, a: float, per: Literal["image", "batch"]) -> None:
         super().__init__()
-        self.a, self.per = a, per
+        self.a, self.per_batch = a, per == "batch"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.a:
             return x
         # the root has no finite slope at zero variance (a dead block), hence the clamp
-        variance = x.flatten(1).var(dim=1) if self.per == "image" else x.var()
+        variance = x.var() if self.per_batch else x.flatten(1).var(dim=1)
         deviation = variance.clamp_min(1e-12).sqrt().view(-1, 1, 1, 1)
         return x + self.a * deviation * torch.randn_like(x)
 

@@ -24,25 +24,41 @@ from robbench.estimator import Loss, Rule, Vote
 
 
 class Diffusion(nn.Module):
-    """x + σ ξ, ξ standard normal, independent per element, image and pass."""
+    """x + σ ξ, ξ standard normal, independent per image and pass.
 
-    def __init__(self, sigma: float) -> None:
+    full: Σ is the matrix whose every entry is σ, as the paper's derivation has it. Its noise is
+    one number for all n elements of an image, of standard deviation sqrt(n) σ; else Σ is diagonal
+    and ξ independent per element.
+    """
+
+    def __init__(self, sigma: float, full: bool = False) -> None:
         super().__init__()
-        self.sigma = sigma
+        self.sigma, self.full = sigma, full
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.sigma * torch.randn_like(x) if self.sigma else x
+        if not self.sigma:
+            return x
+        if not self.full:
+            return x + self.sigma * torch.randn_like(x)
+        shared = torch.randn(len(x), *[1] * (x.dim() - 1), device=x.device, dtype=x.dtype)
+        return x + math.sqrt(x[0].numel()) * self.sigma * shared
 
 
 @defense("ito")
 class ItoEnsemble(Defense):
     """M fine-tuned members × S draws, noise ω/(1+t) in every residual block, majority or abstain.
 
-    omega: ω, in units of the activations. clock: what t is - `index` 0, 1, 2, …; `one-based`
-    1, 2, 3, …; `fraction` i/N with Euler-Maruyama's sqrt(1/N). where: the noise enters before the
-    block's last ReLU (`sum`), after it (`out`), or the residual branch (`branch`). downsampling:
-    also in blocks that change the shape. ballot: `flat` over all M × S, or `nested`: a label per
-    member first. quorum: `majority` (more than half) or `plurality`; ties always abstain.
+    omega: ω, in units of the activations. clock: what t is - the block's `index` 0, 1, 2, …;
+    `one-based` 1, 2, 3, …; `fraction` i/N of N blocks; `epoch`, the time of training, which stays
+    at the last epoch when deployed. step: Δt - `unit`, or `fraction` 1/N with Euler-Maruyama's
+    sqrt(1/N) on the noise. matrix: Σ is `diagonal`, or `full` with all entries alike. where: the
+    noise enters before the block's last ReLU (`sum`), after it (`out`), or the residual branch
+    (`branch`). downsampling: also in blocks that change the shape. ballot: `flat` over all M × S,
+    or `nested`: a label per member first. quorum: `majority` (more than half), `half` (at least
+    half) or `plurality`; ties always abstain.
+
+    The paper gives neither batch size nor augmentation nor the epochs on ImageNet: those of the
+    presets `paper` are the usual ones.
     """
 
     source: ClassVar[str] = "paper 001: anonymous, Robust Ensembles using Itô Processes"
@@ -85,11 +101,13 @@ class ItoEnsemble(Defense):
     epochs: Annotated[int, Field(ge=1)] = 8
     lr: Annotated[float, Field(gt=0)] = 0.005
     omega: Annotated[float, Field(ge=0)] = 0.4
-    clock: Literal["index", "one-based", "fraction"] = "index"
+    clock: Literal["index", "one-based", "fraction", "epoch"] = "index"
+    step: Literal["unit", "fraction"] = "unit"
+    matrix: Literal["diagonal", "full"] = "diagonal"
     where: Literal["sum", "out", "branch"] = "sum"
     downsampling: bool = True
     ballot: Annotated[Literal["flat", "nested"], INFERENCE] = "flat"
-    quorum: Annotated[Literal["majority", "plurality"], INFERENCE] = "majority"
+    quorum: Annotated[Literal["majority", "half", "plurality"], INFERENCE] = "majority"
     noise: Annotated[bool, INFERENCE] = True
 
     def prepare(self, network: nn.Module) -> nn.Module:
@@ -98,20 +116,36 @@ class ItoEnsemble(Defense):
             raise InputError(f"ito needs a residual network, not {self.network}; try resnet8")
         for index, block in enumerate(blocks):
             if self.downsampling or not block.downsamples:
-                setattr(block, self.where, Diffusion(self.sigma(index, len(blocks))))
+                sigma = self.sigma(index, len(blocks), self.epochs - 1)
+                setattr(block, self.where, Diffusion(sigma, self.matrix == "full"))
         return network
+
+    def start_epoch(self, members: nn.ModuleList, epoch: int) -> None:
+        for member in members:
+            for index, block in enumerate(member.blocks):  # type: ignore[arg-type]
+                noise = getattr(block, self.where)
+                if isinstance(noise, Diffusion):
+                    noise.sigma = self.sigma(index, len(member.blocks), epoch)  # type: ignore[arg-type]
 
     @property
     def stochastic(self) -> bool:
         return self.noise and self.omega > 0
 
-    def sigma(self, index: int, blocks: int) -> float:
-        """The standard deviation in block `index` of `blocks`."""
+    def sigma(self, index: int, blocks: int, epoch: int) -> float:
+        """The standard deviation in block `index` of `blocks`, in this epoch of training."""
         if not self.noise:
             return 0.0
-        if self.clock == "fraction":
-            return self.omega / (1 + index / blocks) * math.sqrt(1 / blocks)
-        return self.omega / (1 + index + (self.clock == "one-based"))
+        times = {
+            "index": index,
+            "one-based": index + 1,
+            "fraction": index / blocks,
+            "epoch": epoch,
+        }
+        return self.omega / (1 + times[self.clock]) * (blocks**-0.5 if self.step != "unit" else 1)
 
     def rule(self) -> Rule:
-        return Vote(nested=self.ballot == "nested", majority=self.quorum == "majority")
+        return Vote(
+            nested=self.ballot == "nested",
+            majority=self.quorum != "plurality",
+            strict=self.quorum == "majority",
+        )

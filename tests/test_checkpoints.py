@@ -361,3 +361,10 @@ def test_training_that_diverges_leaves_no_checkpoint(shelf, dataset, monkeypatch
     with pytest.raises(RuntimeError, match="diverged"):
         members(shelf, STANDARD, dataset)
     assert shelf.find(key(STANDARD, dataset)) is None
+
+
+@pytest.mark.parametrize("spec", [ITO, f"enresnet({TINY}, adversarial=none, members=2)"])
+def test_weights_do_not_depend_on_which_sibling_was_trained_first(spec, tmp_path, dataset):
+    noisy, _ = members(Shelf([tmp_path / "a"]), spec, dataset)
+    quiet, _ = members(Shelf([tmp_path / "b"]), spec[:-1] + ", draws=3, noise=false)", dataset)
+    assert same(noisy, quiet)

@@ -9,15 +9,16 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
 from robbench import datasets, networks, registry
-from robbench.checkpoints import key_of
+from robbench.checkpoints import common_rule, key_of
 from robbench.defense import INFERENCE, canonical, resolve, with_preset
 from robbench.errors import InputError
-from robbench.estimator import ABSTAIN, Deployed, Draw
+from robbench.estimator import ABSTAIN, Deployed, Draw, MeanProbabilities, Vote
 from robbench.training import Adversarial
 
 SHAPE, LABELS = (1, 8, 8), 10
@@ -247,7 +248,7 @@ def added(network, site, x):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("downsampling", [True, False])
 @pytest.mark.parametrize("where", ["sum", "out", "branch"])
-@pytest.mark.parametrize("clock", ["index", "one-based", "fraction"])
+@pytest.mark.parametrize("clock", ["index", "one-based", "fraction", "epoch"])
 def test_ito_noise_has_the_deviation_of_the_paper_in_every_block(
     clock, where, downsampling, training
 ):
@@ -255,12 +256,14 @@ def test_ito_noise_has_the_deviation_of_the_paper_in_every_block(
     defense = one(
         f"ito(members=1, omega={omega}, clock={clock}, where={where}, downsampling={downsampling})",
         network="resnet20(width=4)",
+        epochs=5,
     )
     network = fresh(defense)[0].train(training)
     expected = {
         "index": [omega / (1 + i) for i in range(blocks)],
         "one-based": [omega / (2 + i) for i in range(blocks)],
-        "fraction": [omega / (1 + i / blocks) / blocks**0.5 for i in range(blocks)],
+        "fraction": [omega / (1 + i / blocks) for i in range(blocks)],
+        "epoch": [omega / 5] * blocks,
     }[clock]
     for site in ("sum", "out", "branch"):
         for index, noise in enumerate(added(network, site, images(100))):
@@ -269,6 +272,48 @@ def test_ito_noise_has_the_deviation_of_the_paper_in_every_block(
             sigma = 0 if silent else pytest.approx(expected[index], rel=0.036)
             assert float(noise.std()) == sigma
             assert abs(float(noise.mean())) <= 4 * expected[index] / noise.numel() ** 0.5
+
+
+def test_a_step_of_one_part_in_n_divides_the_noise_by_its_root():
+    unit, euler = (
+        one(f"ito(clock=fraction, step={step})").sigma(2, 9, 0) for step in ("unit", "fraction")
+    )
+    assert euler == pytest.approx(unit / 3)
+
+
+def test_the_full_matrix_adds_one_number_to_a_whole_image():
+    network = fresh(one("ito(members=1, omega=0.4, matrix=full)"))[0]
+    noise = added(network, "sum", images(2000))[0].flatten(1)
+    first = noise[:, :1]
+    torch.testing.assert_close(noise, first.expand_as(noise), rtol=0, atol=1e-4)
+    # derivation of section 3: n elements of deviation sigma each, all alike
+    expected = 0.4 * noise.shape[1] ** 0.5
+    assert float(first.std()) == pytest.approx(expected, rel=0.07)
+
+
+def test_the_clock_of_training_runs_by_epochs_and_stops_at_the_last():
+    defense = one("ito(members=1, omega=0.4, clock=epoch, epochs=3)")
+    members = fresh(defense)
+    sigmas = []
+    for epoch in range(3):
+        defense.start_epoch(members, epoch)
+        sigmas.append(members[0].blocks[0].sum.sigma)
+    assert sigmas == [0.4, 0.2, pytest.approx(0.4 / 3)]
+    assert fresh(defense)[0].blocks[0].sum.sigma == sigmas[-1]
+
+
+def test_at_least_half_answers_where_more_than_half_abstains():
+    ballots = F.one_hot(torch.tensor([1, 1, 0, 2]), 3).float()[:, None, None] * 9  # (4, 1, 1, 3)
+    answers = [
+        one(f"ito(quorum={q})").rule().decide(Draw(ballots)).item() for q in ("majority", "half")
+    ]
+    assert answers == [ABSTAIN, 1]
+
+
+def test_joined_defenses_vote_where_all_of_them_vote():
+    for text, kind in (("ito & ito(omega=0.2)", Vote), ("ito & standard", MeanProbabilities)):
+        rules = [part.rule() for part in resolve(text)]
+        assert type(common_rule(rules)) is kind
 
 
 def test_ito_noise_is_independent_between_pixels_images_and_passes():

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import nn
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError
-from robbench.estimator import Deployed, Loss, MeanProbabilities, preserved_random_state
+from robbench.estimator import Deployed, Loss, MeanProbabilities, Rule, preserved_random_state
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.registry import Spec
 from robbench.training import Progress, derive, train
@@ -56,6 +56,13 @@ def key_of(defense: Defense, dataset: Dataset, train_seed: int) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def common_rule(rules: Sequence[Rule]) -> Rule:
+    """The rule of joined defenses: the one they share, else the mean softmax."""
+    first = rules[0]
+    alike = all((type(rule), vars(rule)) == (type(first), vars(first)) for rule in rules)
+    return first if alike else MeanProbabilities()
+
+
 class Shelf:
     """Checkpoints in several folders: read from any, written to the last."""
 
@@ -83,7 +90,7 @@ class Shelf:
             own, key = self.members(defense, dataset, train_seed, device, progress)
             members.extend(own)
             keys.append(key)
-        rule = parts[0].rule() if len(parts) == 1 else MeanProbabilities()
+        rule = common_rule([part.rule() for part in parts])
         draws = max(defense.draws for defense in parts)
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
         losses = parts[0].losses if len(parts) == 1 else {}
@@ -100,17 +107,31 @@ class Shelf:
         """Trained members in evaluation mode, and their checkpoint's key."""
         key = key_of(defense, dataset, train_seed)
         with preserved_random_state():
-            torch.manual_seed(derive("init", train_seed, key))
             members = defense.build(dataset.shape, len(dataset.labels))
-            path = self.find(key)
-            if path:
-                _load(members, path)
-            else:
-                self._start(defense, members, dataset, train_seed, device)
-                members.to(device)
-                train(defense, members, dataset, train_seed, device, progress)
-                self._save(members, key, defense, dataset, train_seed)
+            path = self.find(key) or self._train(
+                defense, key, dataset, train_seed, device, progress
+            )
+            _load(members, path)
         return members.to(device).eval(), key
+
+    def _train(
+        self,
+        configured: Defense,
+        key: str,
+        dataset: Dataset,
+        train_seed: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> Path:
+        """Train what the key says: fields of inference at their defaults, so that a sibling
+        without noise does not leave its own weights under the key that both share."""
+        defense = resolve(configured.training_spec)[0]
+        torch.manual_seed(derive("init", train_seed, key))
+        members = defense.build(dataset.shape, len(dataset.labels))
+        self._start(defense, members, dataset, train_seed, device)
+        members.to(device)
+        train(defense, members, dataset, train_seed, device, progress)
+        return self._save(members, key, defense, dataset, train_seed)
 
     def _start(
         self,
@@ -144,7 +165,7 @@ class Shelf:
 
     def _save(
         self, members: nn.ModuleList, key: str, defense: Defense, dataset: Dataset, seed: int
-    ) -> None:
+    ) -> Path:
         """Weights first, recipe last, each renamed into place: a killed run leaves nothing half."""
         folder = self.folders[-1]
         path, temporary = folder / f"{key}.safetensors", folder / f".{key}.{os.getpid()}.tmp"
@@ -166,6 +187,7 @@ class Shelf:
             temporary.replace(path)
             temporary.write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n")
             temporary.replace(folder / f"{key}.json")
+            return path
         except (OSError, safetensors.SafetensorError) as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()

@@ -74,8 +74,11 @@ class Defense(Optimisation):
         logits = torch.stack([member(x) for member in members])[None]
         return self.rule().scores(Draw(logits))
 
+    def start_epoch(self, members: nn.ModuleList, epoch: int) -> None:
+        """Called before every epoch, from 0, of members that are trained together."""
+
     def after_step(self, members: nn.ModuleList, step: int) -> None:
-        """Called after every optimiser step."""
+        """Called after every optimiser step, from 0, of members that are trained together."""
 
     def rule(self) -> Rule:
         """How draws of members become a decision."""
@@ -126,7 +129,11 @@ def defense(name: str) -> Callable[[D], D]:
 
 
 def resolve(text: str | Spec) -> tuple[Defense, ...]:
-    """The configured defenses of a spec, one per part of `A & B`."""
+    """The configured defenses of a spec, one per part of `A & B`.
+
+    Joined defenses decide together, over the members of all: by the rule that they share, else by
+    the mean softmax; their draws are the most that one of them takes.
+    """
     spec = Spec.parse(text)
     return tuple(_configure(part) for part in (spec.parts or (spec,)))
 

@@ -79,12 +79,14 @@ class Vote(MeanProbabilities):
     """One vote per draw and member; without a winner the defense abstains.
 
     nested: each member first settles on the label of most of its draws (a tie is no vote), then
-    members vote. majority: the winner needs more than half of all votes; else just the most.
+    members vote. majority: the winner needs more than half of all votes (strict=False: at least
+    half); else just the most.
     Ties abstain either way. The vote has no gradient: scores are those of the mean softmax.
     """
 
     nested: bool = False
     majority: bool = True
+    strict: bool = True
 
     def decide(self, draw: Draw) -> Tensor:
         labels = draw.logits.shape[-1]
@@ -99,7 +101,8 @@ class Vote(MeanProbabilities):
             counts = ballots.sum(dim=(0, 1))
         winner = _winner(counts)
         if self.majority:
-            winner = winner.masked_fill(2 * counts.amax(dim=-1) <= voters, ABSTAIN)
+            short = 2 * counts.amax(dim=-1) - voters
+            winner = winner.masked_fill(short <= 0 if self.strict else short < 0, ABSTAIN)
         return winner
 
 
@@ -160,6 +163,8 @@ class Deployed(nn.Module):
         slack = 1e-4 * float(first.abs().max().clamp_min(1e-6))
         if torch.allclose(first, second, rtol=0, atol=slack):
             return "none"
+        if any(getattr(module, "per_batch", False) for module in member.modules()):
+            return "call"  # images of a batch depend on each other: draws must not be batched too
         return "call" if torch.allclose(first[:1], first, rtol=0, atol=slack) else "image"
 
     def sample(self, x: Tensor, draws: int, features: bool = False) -> Draw:

@@ -143,13 +143,13 @@ class Store:
 
     def check_writable(self) -> None:
         """Fail before hours of work rather than after."""
-        probe = self.root / f".{os.getpid()}.tmp"
+        probe = self.folder / f".{os.getpid()}.tmp"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise unwritable(self.root, error) from None
+            raise unwritable(self.folder, error) from None
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

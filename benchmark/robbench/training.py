@@ -45,7 +45,9 @@ class Adversarial(BaseModel):
     """Adversarial training, written as a spec: fgsm, pgd(eps=0.2, steps=5) or trades(beta=6).
 
     pgd: Madry et al. 2018, arXiv:1706.06083. fgsm: with random start and a step of 1.25 ε, Wong
-    et al. 2020, arXiv:2001.03994. trades: Zhang et al. 2019, arXiv:1901.08573, eq. 5.
+    et al. 2020, arXiv:2001.03994. trades: Zhang et al. 2019, arXiv:1901.08573, eq. 5. Networks
+    are attacked in training mode, with the noise and the batch statistics that the step minimises
+    over; the authors of TRADES switch to evaluation mode here, which has neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -210,43 +212,55 @@ def train(
             f"dataset {dataset.name} has no training images; {defense.name} needs some"
         )
     groups = [members] if defense.joint else [nn.ModuleList([member]) for member in members]
-    per_epoch = math.ceil(len(dataset.train.y) / defense.batch_size)
-    total = defense.epochs * per_epoch
-    done = 0
+    total = len(groups) * defense.epochs * _steps(defense, dataset)
     for index, group in enumerate(groups):
         rng = torch.Generator().manual_seed(derive("train", seed, index))
         torch.manual_seed(derive("noise", seed, index))
-        optimizer, schedule = defense.stepper(list(group.parameters()), total)
-        group.train()
-        for clean, y in _epochs(defense, dataset, rng, device):
-            batch = defense.batch(group, clean, y, rng)
-            loss = defense.loss(group, batch).mean()
+        for step in _optimise(defense, group, dataset, rng, device):
+            progress(index * total // len(groups) + step, total)
+    members.eval()
+
+
+def _steps(defense: Defense, dataset: Dataset) -> int:
+    return math.ceil(len(dataset.train.y) / defense.batch_size)
+
+
+def _optimise(
+    defense: Defense, group: nn.ModuleList, dataset: Dataset, rng: Generator, device: torch.device
+) -> Iterator[int]:
+    """Train one group of members; yields the number of steps that are done."""
+    x, y = (tensor.to(device) for tensor in dataset.train)
+    total = defense.epochs * _steps(defense, dataset)
+    optimizer, schedule = defense.stepper(list(group.parameters()), total)
+    step = 0
+    group.train()
+    for epoch in range(defense.epochs):
+        defense.start_epoch(group, epoch)
+        for clean, labels in _batches(x, y, defense, rng):
+            loss = defense.loss(group, defense.batch(group, clean, labels, rng)).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            defense.after_step(group, done)
-            done += 1
-            if done % per_epoch == 0 and not math.isfinite(loss.item()):
-                raise Diverged(
-                    f"training of {defense.name} diverged: loss {loss.item()} after"
-                    f" {done // per_epoch} epochs; lower lr"
-                )
-            progress(done, total * len(groups))
-    members.eval()
+            defense.after_step(group, step)
+            step += 1
+            yield step
+        if not math.isfinite(loss.item()):
+            raise Diverged(
+                f"training of {defense.name} diverged: loss {loss.item()} after {epoch + 1} epochs;"
+                " lower lr"
+            )
 
 
-def _epochs(
-    defense: Defense, dataset: Dataset, rng: Generator, device: torch.device
+def _batches(
+    x: Tensor, y: Tensor, defense: Defense, rng: Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    x, y = (tensor.to(device) for tensor in dataset.train)
-    for _ in range(defense.epochs):
-        order = torch.randperm(len(y), generator=rng).to(device)
-        for picked in order.split(defense.batch_size):
-            if len(picked) > 1:  # batch normalisation cannot learn from one image
-                yield _augment(x[picked], defense, rng), y[picked]
-            else:
-                yield _augment(x[order[:2]], defense, rng), y[order[:2]]
+    """One epoch in a fresh order."""
+    order = torch.randperm(len(y), generator=rng).to(x.device)
+    for picked in order.split(defense.batch_size):
+        if len(picked) == 1:  # batch normalisation cannot learn from one image
+            picked = order[:2]
+        yield _augment(x[picked], defense, rng), y[picked]
 
 
 def _augment(x: Tensor, defense: Defense, rng: Generator) -> Tensor:

@@ -8,22 +8,26 @@ images come from the run's seed; what needs other data or another kind of model 
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robbench.attacks import Attack
-from robbench.attacks.library import Job, Traits, attack_of
+from robbench.attacks.art_table import TABLE, available
+from robbench.attacks.library import Job, arguments, attack_of
 from robbench.errors import unknown
 from robbench.estimator import Access, Estimator
 from robbench.threat import Norm
 
 _NORMS: dict[Norm, object] = {"linf": np.inf, "l2": 2, "l1": 1}
-_LP: tuple[Norm, ...] = ("linf", "l2", "l1")
-_ROUNDING = 1e-5  # ART's pixel attacks go to [0, 255] and back; a real step is 1/255 at least
+_PROBABILITIES = ("NewtonFool", "SimBA", "VirtualAdversarialMethod")
+_INEXACT = ("CarliniL0Method", "PixelAttack", "ThresholdAttack")
+_ROUNDING = 1e-5  # these go to [0, 255] or tanh space and back; a real step is 1/255 at least
 
 
 class _Probabilities(Estimator):
@@ -40,201 +44,11 @@ class _Probabilities(Estimator):
         return scores.softmax(dim=1).numpy()
 
 
-def _spatial(job: Job) -> str | None:
-    settings = job.settings
-    if not (settings["max_rotation"] or settings["max_translation"]):
-        return "its defaults turn and shift nothing; set max_rotation or max_translation"
-    if settings["num_rotations"] + settings["num_translations"] < 3:
-        return "a grid of one turn and one shift is no search; set num_rotations, num_translations"
-    return None
+class _Seeded(np.random.RandomState):
+    """RandomState() without a seed continues the run's stream instead of starting anywhere."""
 
-
-def _dlr(job: Job) -> str | None:
-    labels = job.access.deployed.labels
-    if job.settings["loss_type"] == "difference_logits_ratio" and labels < 3:
-        return f"the ratio of logits needs at least 3 labels, the defense has {labels}"
-    return None
-
-
-def _evolution(job: Job) -> str | None:
-    if job.settings["es"] == 0 and not _installed("cma"):
-        return "es=0 needs the package cma; pip install 'robbench[attacks]' or write es=1"
-    return None
-
-
-def _simba(job: Job) -> str | None:
-    height, width = job.x.shape[2:]
-    free = height - job.settings["freq_dim"]
-    if job.settings["attack"] == "dct" and (height != width or free < 0):
-        return f"attack=dct needs square images not below freq_dim, these are {height}x{width}"
-    if free % job.settings["stride"]:
-        return "image height - freq_dim must be a multiple of stride"
-    return None
-
-
-def _zoo(job: Job) -> str | None:
-    if job.settings["use_resize"] and min(job.x.shape[2:]) < 32:
-        return "use_resize starts from 32x32 images; write use_resize=false for smaller ones"
-    return None
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _sign(norms: tuple[Norm, ...] = _LP, **traits: Any) -> Traits:
-    """The family of PGD: steps of length eps_step inside the ball."""
-    shared = {"moves": True, "step": "eps_step", "steps": "max_iter", "faults": _LAST}
-    return Traits(**{"norms": norms, "decimals": ("decay",)} | shared | traits)
-
-
-def _auto(faults: str) -> Traits:
-    choices = {"loss_type": (None, "cross_entropy", "difference_logits_ratio")}
-    return Traits(
-        _LP, moves=True, step="eps_step", pace=2.0, guard=_dlr, choices=choices, faults=faults
-    )
-
-
-_LAST = "one draw of the defense per step; returns the last iterate"
-_BLIND = "starts from the label that one draw predicts, blind to the true label"
-_DRAW = "one draw of the defense decides success"
-_APGD = "judges the last iterate and not the best; one draw of the defense per step"
-_ES = {"choices": {"es": (0, 1)}, "guard": _evolution, "faults": "0 to 255; slow; " + _DRAW}
-_UNIVERSAL = "one perturbation for the whole batch"
-
-TABLE: dict[str, Traits] = {
-    "FastGradientMethod": Traits(_LP, moves=True, drops=("eps_step", "minimal"), faults=_LAST),
-    "BasicIterativeMethod": _sign(("linf",)),
-    "MomentumIterativeMethod": _sign(),
-    "ProjectedGradientDescent": _sign(),
-    "ProjectedGradientDescentNumpy": _sign(),
-    "ProjectedGradientDescentPyTorch": _sign(),
-    "AutoProjectedGradientDescent": _auto(_APGD),
-    "AutoConjugateGradient": _auto(_APGD),
-    "RescalingAutoConjugateGradient": _auto(_APGD),
-    "AutoAttack": Traits(
-        _LP,
-        targeted=False,
-        labels=3,
-        step="eps_step",
-        pace=2.0,
-        drops=("parallel_pool_size",),
-        faults="not AutoAttack: DeepFool in place of FAB, no APGD-T; " + _APGD,
-    ),
-    "SquareAttack": Traits(("linf", "l2"), "scores", targeted=False, faults=_DRAW),
-    "CarliniL2Method": Traits(
-        ("l2",), minimal=True, faults="10 steps per search by default; " + _DRAW
-    ),
-    "CarliniLInfMethod": Traits(("linf",), minimal=True, faults="10 steps by default; " + _DRAW),
-    "CarliniL0Method": Traits(("l0",), minimal=True, faults="10 steps by default; " + _DRAW),
-    "ElasticNet": Traits(
-        ("l1", "l2"), minimal=True, choices={"decision_rule": ("EN", "L1", "L2")}, faults=_DRAW
-    ),
-    "DeepFool": Traits(("l2",), minimal=True, targeted=False, faults=_BLIND),
-    "NewtonFool": Traits(("l2",), minimal=True, targeted=False, faults=_BLIND),
-    "BrendelBethgeAttack": Traits(_LP, minimal=True, single=True, faults=_DRAW),
-    "SaliencyMapMethod": Traits(
-        ("l0",),
-        minimal=True,
-        aims=True,
-        faults="two best pixels, not the best pair; untargeted it gets random targets",
-    ),
-    "ShadowAttack": Traits(
-        ("none",),
-        single=True,
-        aims=True,
-        moves=True,
-        channels=(1, 3),
-        keeps=("batch_size",),
-        faults="any label given becomes its target: untargeted it gets random ones",
-    ),
-    "Wasserstein": Traits(
-        ("none",),
-        choices={"ball": ("wasserstein", "1", "2", "inf")},
-        overrides={"regularization": 100.0},
-        keeps=("eps",),
-        eps="",
-        faults="overflows at its default regularization of 3000; 100 here; clips nothing else",
-    ),
-    "UniversalPerturbation": Traits(
-        ("linf", "l2"),
-        targeted=False,
-        choices={"attacker": ("deepfool", "carlini", "carlini_inf", "ead", "fgsm", "bim", "pgd",
-                              "newtonfool")},
-        faults=_UNIVERSAL,
-    ),
-    "TargetedUniversalPerturbation": Traits(
-        ("linf", "l2"),
-        aims=True,
-        choices={"attacker": ("fgsm",)},
-        faults=_UNIVERSAL + " although targets differ; untargeted it gets random ones",
-    ),
-    "SpatialTransformation": Traits(
-        ("none",),
-        "labels",
-        targeted=False,
-        guard=_spatial,
-        faults="one turn and shift for the whole batch; columns are taken for channels, so that"
-        " it hardly shifts sideways",
-    ),
-    "VirtualAdversarialMethod": Traits(
-        ("l2",), "scores", targeted=False, moves=True, faults="a query per pixel; " + _BLIND
-    ),
-    "ZooAttack": Traits(("l2",), "scores", minimal=True, guard=_zoo, faults=_DRAW),
-    "SimBA": Traits(
-        ("l2",),
-        "scores",
-        minimal=True,
-        choices={"attack": ("dct", "px"), "order": ("random", "diag")},
-        guard=_simba,
-        faults=_DRAW,
-    ),
-    "PixelAttack": Traits(("l0",), "scores", eps="th", **_ES),  # type: ignore[arg-type]
-    "ThresholdAttack": Traits(("linf",), "scores", eps="th", **_ES),  # type: ignore[arg-type]
-    "BoundaryAttack": Traits(("l2",), "labels", minimal=True, faults=_BLIND),
-    "HopSkipJump": Traits(("linf", "l2"), "labels", minimal=True, faults=_BLIND),
-    "SignOPTAttack": Traits(
-        ("l2",), "labels", minimal=True, targeted=False, drops=("eval_perform",), faults=_BLIND
-    ),
-    "GeoDA": Traits(("linf", "l2", "l1"), "labels", minimal=True, targeted=False, faults=_DRAW),
-    "CompositeAdversarialAttackPyTorch": Traits(
-        ("none",),
-        targeted=False,
-        channels=(3,),
-        choices={"attack_order": ("scheduled", "random", "fixed")},
-        faults="ε are its own settings; " + _DRAW,
-    ),
-}  # fmt: skip
-
-_REFUSED = {
-    "makes one patch for many images and no x' per image": "AdversarialPatch"
-    " AdversarialPatchNumpy AdversarialPatchPyTorch AdversarialPatchTensorFlowV2",
-    "needs a TensorFlow model": "ProjectedGradientDescentTensorFlowV2 MalwareGDTensorFlow"
-    " FeatureAdversariesTensorFlowV2",
-    "needs a guide image per image and a layer of a sequential model":
-    "FeatureAdversariesNumpy FeatureAdversariesPyTorch",
-    "needs an object detector": "DPatch RobustDPatch OverloadPyTorch SNAL",
-    "needs an object tracker": "AdversarialTexturePyTorch",
-    "needs a speech recogniser": "CarliniWagnerASR ImperceptibleASR ImperceptibleASRPyTorch",
-    "needs videos": "FrameSaliencyAttack OverTheAirFlickeringPyTorch",
-    "needs tables of features and their importance": "LowProFool",
-    "needs a decision tree": "DecisionTreeAttack",
-    "needs a Gaussian process": "HighConfidenceLowUncertainty",
-    "draws stickers on a photographed object, which needs its outline": "GRAPHITEBlackbox"
-    " GRAPHITEWhiteboxPyTorch",
-    "needs a generator of laser beams, which no setting can name": "LaserAttack",
-}
-TABLE |= {
-    name: Traits(("none",), refusal=f"{reason}; robbench attacks image classifiers only")
-    for reason, classes in _REFUSED.items()
-    for name in classes.split()
-}
-_PROBABILITIES = ("NewtonFool", "SimBA", "VirtualAdversarialMethod")
-_PACKAGES = {
-    "BrendelBethgeAttack": "numba",
-    "CompositeAdversarialAttackPyTorch": "kornia",
-    "AutoAttack": "multiprocess",
-}
+    def __init__(self, seed: Any = None) -> None:
+        super().__init__(np.random.randint(2**31 - 1) if seed is None else seed)
 
 
 def names() -> list[str]:
@@ -248,22 +62,54 @@ def find(name: str) -> Attack:
         raise unknown("art attack", name, TABLE)
     from art.attacks import evasion
 
-    traits = _available(name)
-    constructor = getattr(evasion, name, None)
+    constructor = getattr(evasion, name, None)  # None: ART hides it where a package is missing
 
     def craft(job: Job) -> Tensor:
         return _craft(name, constructor, job)
 
     start = getattr(constructor, "__init__", None)
-    return attack_of("art", name, start, traits, craft, r"art(\.|$)")
+    return attack_of("art", name, start, available(name), craft, r"art(\.|$)")
 
 
-def _available(name: str) -> Traits:
-    """Refused too: what lacks a package that ART does not declare, or needs an old NumPy."""
-    traits, package = TABLE[name], _PACKAGES.get(name)
-    reason = None
-    if package and not _installed(package):
-        reason = f"needs the package {package}; pip install {package}"
-    if name == "GeoDA" and not hasattr(np, "mat"):
-        reason = f"uses np.mat, which NumPy {np.__version__} no longer has; needs NumPy below 2"
-    return _replaced(traits, reason) if reason else traits
+def _craft(name: str, constructor: Any, job: Job) -> Tensor:
+    estimator = (_Probabilities if name in _PROBABILITIES else Estimator)(job.access)
+    labels = job.y if job.target is None else job.target
+    one_hot = F.one_hot(labels, job.access.deployed.labels).float().cpu().numpy()
+    # start images are drawn from RandomState(), and cma calls seed() by the clock
+    with patch.object(np.random, "RandomState", _Seeded), patch.object(np.random, "seed"):
+        attack = constructor(estimator, **_arguments(name, constructor, job))
+        for part in getattr(attack, "attacks", ()):  # those that AutoAttack makes itself
+            part.verbose = False
+        made = attack.generate(x=job.x.cpu().numpy().copy(), y=one_hot)
+    result = torch.from_numpy(np.asarray(made, dtype=np.float32)).to(job.x.device)
+    if name in _INEXACT:
+        result = torch.where((result - job.x).abs() > _ROUNDING, result, job.x)
+    if name == "ThresholdAttack":  # cuts to whole values of 0 to 255, up to one step too far
+        eps = float(job.threat.eps)  # type: ignore[arg-type]
+        result = result.clamp(job.x - eps, job.x + eps)
+    return result
+
+
+def _arguments(name: str, constructor: Any, job: Job) -> dict[str, Any]:
+    """All arguments of the constructor: settings, and what follows from the job."""
+    given = inspect.signature(constructor).parameters
+    norm = _NORMS.__getitem__ if "norm" in given and job.threat.norm in _NORMS else None
+    values = arguments(job, TABLE[name], norm)
+    follow = {"targeted": job.threat.targeted, "verbose": False, "batch_size": len(job.x)}
+    values |= {key: value for key, value in follow.items() if key in given.keys() - values.keys()}
+    if name == "ThresholdAttack":
+        values["th"] = int(job.threat.eps * 255)  # type: ignore[operator]
+    if "attacker_params" in given:
+        values["attacker_params"] = _attacker(name, values)
+    return values
+
+
+def _attacker(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the attack inside a universal one: the same ball, its own defaults else."""
+    attacker, eps = values["attacker"], values["eps"]
+    targeted = {"targeted": True} if name == "TargetedUniversalPerturbation" else {}
+    if attacker == "fgsm":
+        return {"norm": values["norm"], "eps": eps, "eps_step": eps} | targeted
+    if attacker in ("bim", "pgd"):
+        return {"norm": values["norm"], "eps": eps, "eps_step": 2.5 * eps / 100, "verbose": False}
+    return {"verbose": False}
