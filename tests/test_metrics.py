@@ -48,9 +48,9 @@ def record(draws, ok, err, clean_ok, clean_err):
 
 
 @st.composite
-def records(draw):
+def records(draw, most=20):
     """Any record: right and wrong counts that leave room for abstention."""
-    draws, n = draw(st.integers(1, 20)), draw(st.integers(1, 12))
+    draws, n = draw(st.integers(1, most)), draw(st.integers(1, 12))
     split = st.tuples(st.integers(0, draws), st.integers(0, draws)).filter(
         lambda pair: sum(pair) <= draws
     )
@@ -134,11 +134,9 @@ def test_shares_are_consistent(given_record):
         assert share.value - 1e-12 <= share.interval.high <= 1
 
 
-@given(records())
+@given(records(most=1))
 @settings(max_examples=40, deadline=None)
 def test_robust_accuracy_of_one_draw_counts_images(given_record):
-    if given_record.draws > 1:
-        return
     both = (given_record.ok == 1) & (given_record.clean_ok == 1)
     assert metrics(given_record).robust.value == both.mean()
 

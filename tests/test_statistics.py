@@ -170,6 +170,19 @@ def test_ratio_agrees_with_the_delta_method() -> None:
     assert interval == pytest.approx((estimate - 1.96 * error, estimate + 1.96 * error), abs=2e-3)
 
 
+def test_ratio_covers_as_promised() -> None:
+    """Images are accepted with a chance of their own, and easy ones more often."""
+    rng = np.random.default_rng(6)
+    accepted = rng.beta(2, 1, (2000, 500))
+    covered = rng.binomial(20, accepted) / 20
+    ok = covered * rng.binomial(1, accepted)
+    truth = (1 / 18 + 4 / 9) / (2 / 3)  # E[a²] / E[a] of the beta distribution
+    coverage = np.mean(
+        [covers(statistics.ratio(a, b), truth) for a, b in zip(ok, covered, strict=True)]
+    )
+    assert coverage == pytest.approx(0.95, abs=0.015)
+
+
 def test_ratio_at_the_ends() -> None:
     accepted = np.repeat([0.5, 0.0], [40, 60])
     assert all(math.isnan(bound) for bound in statistics.ratio(np.zeros(9), np.zeros(9)))

@@ -14,7 +14,7 @@ from robbench.errors import InputError
 from robbench.grid import KINDS, Cell
 from robbench.metrics import outcomes
 from robbench.records import Record, Store, read
-from robbench.threat import format_eps
+from robbench.threat import NORM_NAMES, format_eps
 
 
 class Pair(NamedTuple):
@@ -100,7 +100,14 @@ def _quick(name: str, dataset: str) -> str:
 def _pairs(first: list[Record], second: list[Record]) -> list[Pair]:
     """Cells that agree in all but defense and setting, each with its strongest setting."""
     left, right = _strongest(first), _strongest(second)
-    return [Pair(left[key], right[key]) for key in left if key in right]
+    pairs = [Pair(left[key], right[key]) for key in left if key in right]
+    return sorted(pairs, key=_order)
+
+
+def _order(pair: Pair) -> tuple[object, ...]:
+    cell = pair.a.cell
+    norm = NORM_NAMES.index(cell.threat.norm)
+    return norm, cell.attack, str(cell.setting), cell.n, cell.threat.eps or 0, cell.id
 
 
 def _strongest(records: list[Record]) -> dict[tuple[object, ...], Record]:

@@ -184,8 +184,7 @@ def _configure(spec: Spec) -> Defense:
     configured = check_settings("defense", spec.name, cls, dict(spec.settings))
     assert isinstance(configured, Defense)
     network = Spec.parse(configured.network)
-    if network.name not in networks.NETWORKS:
-        raise unknown("network", network.name, networks.NETWORKS)
+    networks.check(network.name, dict(network.settings))
     return configured
 
 

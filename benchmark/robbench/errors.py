@@ -17,7 +17,9 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     "unknown defense 'itto'; did you mean 'ito'?"
     """
     options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    folded = [option.lower() for option in options]
+    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    near = [options[folded.index(match)] for match in close]
     if near:
         advice = f"did you mean {' or '.join(repr(option) for option in near)}?"
     else:

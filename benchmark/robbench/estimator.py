@@ -314,8 +314,9 @@ class Access(nn.Module):
     def train(self, mode: bool = True) -> Access:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Access:
-        """Stays where it is: libraries that know cpu and cuda only must not move the defense."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Access:
+        """Stays where it is: libraries that know cpu and cuda only must not move the defense,
+        neither by to() nor by the to() of a module around it."""
         return self
 
     def count(self, n: int, draws: int, backwards: bool = False) -> None:

@@ -62,14 +62,18 @@ def deploy(
     knows the defense maximises. InputError for a model that cannot be attacked as it is: in
     training mode, with probabilities for logits, or with fewer outputs than there are labels.
     """
-    members = nn.ModuleList([model] if isinstance(model, nn.Module) else list(model))
-    for member in members:
+    models = [model] if isinstance(model, nn.Module) else model
+    if not isinstance(models, Sequence) or not models:
+        raise InputError(f"{model!r} is neither a torch.nn.Module nor a list of them")
+    for member in models:
+        if not isinstance(member, nn.Module):
+            raise InputError(f"{member!r} is no torch.nn.Module; wrap it in one")
         if member.training:
             raise InputError(
                 f"{type(member).__name__} is in training mode; call model.eval() first"
                 " (sub-modules that are random when deployed may stay in train())"
             )
-    frozen = copy.deepcopy(members).to(choose_device(device))
+    frozen = copy.deepcopy(nn.ModuleList(models)).to(choose_device(device))
     labels = max(_labels(member, dataset) for member in frozen)
     return Trained(
         Deployed(frozen, rule or MeanProbabilities(), dataset.shape, labels, draws), (), loss
@@ -84,8 +88,8 @@ def _labels(member: nn.Module, dataset: Dataset) -> int:
     x = dataset.test.x[:2].to(parameter.device)
     try:
         logits = member(x)
-    except (RuntimeError, ValueError, TypeError) as error:
-        problem = str(error).splitlines()[0]
+    except Exception as error:  # whatever a model of somebody else raises
+        problem = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{name} cannot take images of shape {tuple(x.shape)}: {problem}"
         ) from None
@@ -136,6 +140,8 @@ def evaluate(
     data = _dataset(dataset, folder)
     given = {} if isinstance(dataset, str) else {data.name: data}
     models: dict[str, Trained] = {}
+    if not isinstance(defense, (nn.Module, Sequence)):
+        raise InputError(f"{defense!r} is no defense; give a spec, a torch.nn.Module or a list")
     wanted = [defense] if isinstance(defense, (str, nn.Module, Trained)) else list(defense)
     fields: Mapping[str, object] = {
         "dataset": data.name,
@@ -168,26 +174,48 @@ def evaluate(
 def _dataset(dataset: Data, folder: Path | None) -> Dataset:
     if isinstance(dataset, str):
         return registry.dataset(dataset, folder)
-    return dataset if isinstance(dataset, Dataset) else from_tensors(*dataset)
+    if isinstance(dataset, Dataset):
+        return dataset
+    if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
+        raise InputError(
+            f"dataset is {type(dataset).__name__}; give a name, 'folder:PATH', a Dataset or (x, y)"
+        )
+    return from_tensors(*dataset)
 
 
 def _name(
     item: str | nn.Module | Trained, data: Dataset, models: dict[str, Trained], device: str
 ) -> str:
-    """The spec, or a name for a model of the caller that changes with its weights."""
+    """The spec, or a name for a model of the caller that changes with all that decides its
+    answers and can be read off: weights, layers, modes, rule, draws and loss."""
     if isinstance(item, str):
         return item
     trained = item if isinstance(item, Trained) else deploy(item, data, device=device)
     members = trained.deployed.members
-    rule, draws = trained.deployed.rule, trained.deployed.draws
-    digest = hashlib.sha256(f"{type(rule).__qualname__} {vars(rule)} {draws}".encode())
+    rule, loss = trained.deployed.rule, trained.loss
+    modes = [module.training for module in members.modules()]
+    parts = (
+        _called(rule),
+        vars(rule),
+        trained.deployed.draws,
+        loss and _called(loss),
+        members,
+        modes,
+    )
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode())
     for key, tensor in members.state_dict().items():
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     kinds = "+".join(dict.fromkeys(type(member).__name__ for member in members))
     name = f"{MODEL}{kinds}:{digest.hexdigest()[:12]}"
     models[name] = trained
     return name
+
+
+def _called(thing: object) -> str:
+    """The full name of a function, or of an object's class."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _measured(

@@ -131,7 +131,8 @@ def measure(
     sizes = {cell.id: len(shards(cell.n, shared.dataset(cell.dataset).shape)) for cell in cells}
     for outcome in execute(plan(cells, shared), shared, workers, report):
         task = outcome.task
-        finished(task)
+        if not (outcome.mistake or outcome.reason):
+            finished(task)
         if outcome.mistake:
             mistakes.append(outcome.mistake)
             continue
@@ -265,8 +266,7 @@ class _Queue:
     def startable(self, running: int) -> list[Task]:
         """Tasks for idle workers, out of the queue."""
         ready = [task for task in self.waiting if task.needs <= self.settled]
-        if self.deaths:
-            ready = [task for task in ready if task.id in self.deaths]
+        # suspects lie in front
         free = max(0, (1 if self.deaths else self.workers) - running)
         chosen = {task.id: task for task in ready[:free]}
         self.waiting = [task for task in self.waiting if task.id not in chosen]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
+from collections.abc import Collection
 
 from tabulate import tabulate
 
@@ -10,51 +12,91 @@ from robbench import datasets as data
 from robbench import networks as nets
 from robbench import registry
 from robbench.attacks import find
-from robbench.threat import format_eps
+from robbench.defense import Defense
+from robbench.registry import Spec
+from robbench.threat import NORM_NAMES, format_eps
 
 WRAPPED = 60
+WIDTH = 100  # of every table, at most
 
 
 def defenses() -> str:
-    """Name, preset names, settings and source of every defense."""
-    lines = []
-    for name in registry.defenses:
-        cls = registry.defenses.get(name)
-        summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
-        presets = ", ".join(getattr(cls, "presets", {}))
-        lines.append([name, presets, summary, getattr(cls, "source", "")])
-    return _table(lines, ["defense", "presets", "what it is", "source"], [None, 12, 30, 24])
+    """Name, source, preset names and settings with their defaults of every defense."""
+    shared = sorted(Defense.model_fields)
+    parts = [_defense(name, shared) for name in registry.defenses]
+    parts.append(_indented("Settings of every defense: " + ", ".join(shared), 0))
+    return "\n\n".join(parts)
+
+
+def _defense(name: str, shared: Collection[str]) -> str:
+    cls = registry.defenses.get(name)
+    summary = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+    lines = [name, _indented(summary)]
+    if source := getattr(cls, "source", ""):
+        lines.append(_indented(f"source: {source}"))
+    lines.append(_indented(f"presets: {', '.join(getattr(cls, 'presets', {}))}"))
+    if not issubclass(cls, Defense):
+        return "\n".join(lines)
+    common = Defense().model_dump(mode="json")
+    own = {
+        key: value
+        for key, value in cls().model_dump(mode="json").items()
+        if key not in shared or value != common[key]
+    }
+    if own:
+        lines.append(_indented(f"settings: {Spec(name=name, settings=tuple(own.items()))}"))
+    return "\n".join(lines)
+
+
+def _indented(text: str, margin: int = 2) -> str:
+    pad = " " * margin
+    return textwrap.fill(
+        " ".join(text.split()),
+        WIDTH,
+        initial_indent=pad,
+        subsequent_indent=pad,
+        break_on_hyphens=False,
+    )
 
 
 def attacks() -> str:
-    """Name, norms, needs and known faults of native attacks and of every class of the libraries."""
+    """Name, norms, needs and known faults of native attacks and of every class of the libraries;
+    those that are refused, with the reason, in a table of their own."""
     from robbench.attacks import art, torchattacks
 
     names = [*registry.attacks]
     names += [f"torchattacks:{name}" for name in torchattacks.names()]
     names += [f"art:{name}" for name in art.names()]
-    lines = []
+    lines, refused = [], []
     for name in names:
         entry = find(name)
-        kind = "minimum-norm" if entry.minimal else "budget"
-        fault = f"REFUSED: {entry.refusal}" if entry.refusal else entry.faults
-        lines.append([name, ", ".join(sorted(entry.norms)), entry.needs, kind, fault])
-    return _table(
-        lines, ["attack", "norms", "needs", "kind", "known faults"], [None, 12, None, None, 40]
+        if entry.refusal:
+            refused.append([name, entry.refusal])
+            continue
+        norms = " ".join(norm for norm in NORM_NAMES if norm in entry.norms)
+        fault = f"is {entry.name}" if name != entry.name else entry.faults
+        lines.append([name, norms, entry.needs, "min" if entry.minimal else "ε", fault])
+    headers = ["attack", "norms", "needs", "size", "known faults"]
+    table = _table(lines, headers, [None, None, None, None, 32])
+    legend = (
+        "size: ε - stays within ε and runs for each one; min - looks for the smallest perturbation,"
+        " runs once and is read at every ε. Settings in brackets, as torchattacks:APGD(steps=100)"
+        " or art:ElasticNet(max_iter=50)."
     )
+    reasons = _table(refused, ["refused", "because it"], [None, 56])
+    return "\n\n".join([table, _indented(legend, 0), reasons])
 
 
 def datasets() -> str:
-    """Name and default ε lists; images of folder:PATH take those of CIFAR."""
+    """Name and origin, and the default ε lists; images of folder:PATH take those of CIFAR."""
     lines = [[name, "built in"] for name in sorted(data.DATASETS)]
-    lines += [[name, "plugin"] for name in registry.datasets]
+    lines += [[name, "plugin"] for name in registry.datasets if name not in data.DATASETS]
     lines.append(["folder:PATH", "an image folder or its tar.gz: train/CLASS/*, test/CLASS/*"])
-    digits = data.load("digits")
-    eps = "; ".join(
-        f"{norm} {', '.join(format_eps(value) for value in values)}"
-        for norm, values in digits.eps.items()
-    )
-    return _table(lines, ["dataset", "where"], [None, WRAPPED]) + f"\n\ndigits ε: {eps}"
+    parts = [_table(lines, ["dataset", "where"], [None, WRAPPED])]
+    for names, budgets in (("digits, mnist", data.SMALL_EPS), ("folder", data.LARGE_EPS)):
+        lists = [f"{norm} {', '.join(map(format_eps, eps))}" for norm, eps in budgets.items()]
+        parts.append(_indented(f"default ε of {names}: {'; '.join(lists)}", 0))
+    return "\n\n".join(parts)
 
 
 def networks() -> str:

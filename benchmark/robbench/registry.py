@@ -249,6 +249,18 @@ attacks: Registry[Any] = Registry("attack", "robbench.attacks")  # Attack, or a 
 datasets: Registry[Callable[..., object]] = Registry("dataset", None)
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a dataset is robbench's own or a folder:PATH; InputError for an unknown name."""
+    from robbench import datasets as built_in
+
+    for key, function in built_in.DATASETS.items():  # a plugin of such a name is an error
+        datasets.add(key, function)
+    if name in datasets and name not in built_in.DATASETS:
+        return False
+    built_in.check_name(name, list(datasets))
+    return True
+
+
 def dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """The dataset of this name: built in, folder:PATH, or a plugin's.
 
@@ -256,10 +268,7 @@ def dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """
     from robbench import datasets as built_in
 
-    if name in built_in.DATASETS or name not in datasets:
-        built_in.check_name(name, list(datasets))
-        return built_in.load(name, data_dir)
-    return _plugin_dataset(name, data_dir)
+    return built_in.load(name, data_dir) if is_built_in(name) else _plugin_dataset(name, data_dir)
 
 
 @lru_cache(maxsize=4)

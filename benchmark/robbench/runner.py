@@ -26,7 +26,7 @@ from robbench.attacks import Configured
 from robbench.checkpoints import Shelf, Trained, cache_folder, key_of
 from robbench.datasets import Dataset, Subset
 from robbench.defense import resolve
-from robbench.errors import InputError
+from robbench.errors import InputError, unknown
 from robbench.estimator import (
     ABSTAIN,
     Access,
@@ -307,6 +307,8 @@ def choose_device(name: str) -> torch.device:
     }
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
+    if name not in available:
+        raise unknown("device", name, ["auto", *available])
     if not available[name]:
         raise InputError(f"there is no {name} device here; write --device auto or --device cpu")
     return torch.device(name)

@@ -69,9 +69,10 @@ def mean(values: ArrayLike, confidence: float = 0.95) -> Interval:
 def ratio(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval of sum(numerator) / sum(denominator), both (N,) shares, the first no larger.
 
-    For selective accuracy, sum(ok) / sum(ok + err): BCa bootstrap over images. Images that were
-    never accepted (denominator 0) add nothing to either sum and are left out, so that no resample
-    is undefined. NaN when the denominator is zero everywhere: at zero coverage there is no
+    For selective accuracy, sum(ok) / sum(ok + err): Wilson with the effective sample size of the
+    ratio's standard error by the delta method; a BCa bootstrap over images for N < 200. Images
+    that were never accepted (denominator 0) add nothing to either sum and are left out, so that no
+    resample is undefined. NaN when the denominator is zero everywhere: at zero coverage there is no
     accuracy, and certainly not 100 %.
     """
     _check_confidence(confidence)
@@ -85,11 +86,15 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95
     each = above / below
     if np.all(each == each[0]):
         return _alike(float(each[0]), len(each), confidence)
+    center = float(above.sum() / below.sum())
+    if len(below) >= SMALL:
+        scatter = float((above - center * below).var(ddof=1)) / len(below)
+        return _wilson(center, center * (1 - center) * below.mean() ** 2 / scatter, confidence)
 
     def share(a: NDArray[Any], b: NDArray[Any], axis: int = -1) -> Any:
         return a.sum(axis=axis) / b.sum(axis=axis)
 
-    return _bca((above, below), share, float(above.sum() / below.sum()), confidence)
+    return _bca((above, below), share, center, confidence)
 
 
 def draw_error(ok: ArrayLike, draws: int) -> float:
@@ -153,7 +158,7 @@ def permutation(d: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> floa
 
     differences = _finite(d, "d")
     differences = differences[differences != 0]
-    if len(differences) == 0:
+    if len(differences) < 2:  # the other sign of a single image is just as far from zero
         return 1.0
     result = stats.permutation_test(
         (differences,),

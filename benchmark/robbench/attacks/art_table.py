@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from robbench.attacks.library import Job, Traits
-from robbench.threat import Norm
+from robbench.threat import Norm, format_eps
 
 _LP: tuple[Norm, ...] = ("linf", "l2", "l1")
 
@@ -33,6 +33,8 @@ def _dlr(job: Job) -> str | None:
 def _evolution(job: Job) -> str | None:
     if job.settings["es"] == 0 and not _installed("cma"):
         return "es=0 needs the package cma; pip install 'robbench[attacks]' or write es=1"
+    if job.threat.norm == "linf" and job.threat.eps and job.threat.eps * 255 < 1:
+        return f"moves in steps of 1/255, ε = {format_eps(job.threat.eps)} is less"
     return None
 
 
@@ -49,6 +51,15 @@ def _simba(job: Job) -> str | None:
 def _zoo(job: Job) -> str | None:
     if job.settings["use_resize"] and min(job.x.shape[2:]) < 32:
         return "use_resize starts from 32x32 images; write use_resize=false for smaller ones"
+    at_once, values = job.settings["nb_parallel"], job.x[0].numel()
+    if at_once > values:
+        return f"nb_parallel={at_once} is more than an image has; write at most {values}"
+    return None
+
+
+def _composite(job: Job) -> str | None:
+    if job.x.shape[2:] != (32, 32):
+        return f"works on images of 32x32 only, these are {job.x.shape[2]}x{job.x.shape[3]}"
     return None
 
 
@@ -58,8 +69,9 @@ def _installed(package: str) -> bool:
 
 def _sign(norms: tuple[Norm, ...] = _LP, **traits: Any) -> Traits:
     """The family of PGD: steps of length eps_step inside the ball."""
-    shared = {"moves": True, "step": "eps_step", "steps": "max_iter", "faults": _LAST}
-    return Traits(**{"norms": norms, "decimals": ("decay",)} | shared | traits)
+    shared: dict[str, Any] = {"moves": True, "step": "eps_step", "steps": "max_iter"}
+    shared |= {"decimals": ("decay",), "faults": _LAST}
+    return Traits(norms, **shared | traits)
 
 
 def _auto(faults: str) -> Traits:
@@ -73,12 +85,16 @@ _LAST = "one draw of the defense per step; returns the last iterate"
 _BLIND = "starts from the label that one draw predicts, blind to the true label"
 _DRAW = "one draw of the defense decides success"
 _APGD = "judges the last iterate and not the best; one draw of the defense per step"
-_ES = {"choices": {"es": (0, 1)}, "guard": _evolution, "faults": "0 to 255; slow; " + _DRAW}
+_ES: dict[str, Any] = {
+    "choices": {"es": (0, 1)},
+    "guard": _evolution,
+    "faults": "works on whole values of 0 to 255; slow; " + _DRAW,
+}
 _UNIVERSAL = "one perturbation for the whole batch"
 
 TABLE: dict[str, Traits] = {
     "FastGradientMethod": Traits(_LP, moves=True, drops=("eps_step", "minimal"), faults=_LAST),
-    "BasicIterativeMethod": _sign(("linf",)),
+    "BasicIterativeMethod": _sign(("linf",), decimals=()),
     "MomentumIterativeMethod": _sign(),
     "ProjectedGradientDescent": _sign(),
     "ProjectedGradientDescentNumpy": _sign(),
@@ -99,14 +115,29 @@ TABLE: dict[str, Traits] = {
     "CarliniL2Method": Traits(
         ("l2",), minimal=True, faults="10 steps per search by default; " + _DRAW
     ),
-    "CarliniLInfMethod": Traits(("linf",), minimal=True, faults="10 steps by default; " + _DRAW),
-    "CarliniL0Method": Traits(("l0",), minimal=True, faults="10 steps by default; " + _DRAW),
+    "CarliniLInfMethod": Traits(
+        ("linf",),
+        minimal=True,
+        targeted=False,
+        faults="10 steps by default; targeted it keeps what misses the target; " + _DRAW,
+    ),
+    "CarliniL0Method": Traits(
+        ("l0",),
+        minimal=True,
+        single=True,
+        faults="10 steps by default; stops after channels + 1 fixed values; " + _DRAW,
+    ),
     "ElasticNet": Traits(
         ("l1", "l2"), minimal=True, choices={"decision_rule": ("EN", "L1", "L2")}, faults=_DRAW
     ),
     "DeepFool": Traits(("l2",), minimal=True, targeted=False, faults=_BLIND),
     "NewtonFool": Traits(("l2",), minimal=True, targeted=False, faults=_BLIND),
-    "BrendelBethgeAttack": Traits(_LP, minimal=True, single=True, faults=_DRAW),
+    "BrendelBethgeAttack": Traits(
+        _LP,
+        minimal=True,
+        single=True,
+        faults="no random image of the wanted label, no attack; compiles first; " + _DRAW,
+    ),
     "SaliencyMapMethod": Traits(
         ("l0",),
         minimal=True,
@@ -119,16 +150,20 @@ TABLE: dict[str, Traits] = {
         aims=True,
         moves=True,
         channels=(1, 3),
+        overrides={"batch_size": 1},
         keeps=("batch_size",),
-        faults="any label given becomes its target: untargeted it gets random ones",
+        faults="any label given becomes its target: untargeted it gets random ones; divides its"
+        " gradient twice by batch_size, so that 400 does nothing; 1 here",
     ),
     "Wasserstein": Traits(
         ("none",),
+        single=True,
         choices={"ball": ("wasserstein", "1", "2", "inf")},
         overrides={"regularization": 100.0},
         keeps=("eps",),
         eps="",
-        faults="overflows at its default regularization of 3000; 100 here; clips nothing else",
+        faults="overflows at its default regularization of 3000; 100 here; ε is its own"
+        " setting and grows while it fails",
     ),
     "UniversalPerturbation": Traits(
         ("linf", "l2"),
@@ -152,19 +187,25 @@ TABLE: dict[str, Traits] = {
         " it hardly shifts sideways",
     ),
     "VirtualAdversarialMethod": Traits(
-        ("l2",), "scores", targeted=False, moves=True, faults="a query per pixel; " + _BLIND
+        ("l2",),
+        "scores",
+        targeted=False,
+        moves=True,
+        faults="climbs the KL to its own prediction, even towards more confidence; a query per"
+        " pixel",
     ),
-    "ZooAttack": Traits(("l2",), "scores", minimal=True, guard=_zoo, faults=_DRAW),
+    "ZooAttack": Traits(("l2",), "scores", minimal=True, single=True, guard=_zoo, faults=_DRAW),
     "SimBA": Traits(
         ("l2",),
         "scores",
         minimal=True,
+        single=True,
         choices={"attack": ("dct", "px"), "order": ("random", "diag")},
         guard=_simba,
         faults=_DRAW,
     ),
-    "PixelAttack": Traits(("l0",), "scores", eps="th", **_ES),  # type: ignore[arg-type]
-    "ThresholdAttack": Traits(("linf",), "scores", eps="th", **_ES),  # type: ignore[arg-type]
+    "PixelAttack": Traits(("l0",), "scores", eps="th", **_ES),
+    "ThresholdAttack": Traits(("linf",), "scores", eps="th", **_ES),
     "BoundaryAttack": Traits(("l2",), "labels", minimal=True, faults=_BLIND),
     "HopSkipJump": Traits(("linf", "l2"), "labels", minimal=True, faults=_BLIND),
     "SignOPTAttack": Traits(
@@ -175,6 +216,7 @@ TABLE: dict[str, Traits] = {
         ("none",),
         targeted=False,
         channels=(3,),
+        guard=_composite,
         choices={"attack_order": ("scheduled", "random", "fixed")},
         faults="ε are its own settings; " + _DRAW,
     ),
@@ -185,8 +227,8 @@ _REFUSED = {
     " AdversarialPatchNumpy AdversarialPatchPyTorch AdversarialPatchTensorFlowV2",
     "needs a TensorFlow model": "ProjectedGradientDescentTensorFlowV2 MalwareGDTensorFlow"
     " FeatureAdversariesTensorFlowV2",
-    "needs a guide image per image and a layer of a sequential model":
-    "FeatureAdversariesNumpy FeatureAdversariesPyTorch",
+    "needs a guide image per image and a layer of a sequential model": "FeatureAdversariesNumpy"
+    " FeatureAdversariesPyTorch",
     "needs an object detector": "DPatch RobustDPatch OverloadPyTorch SNAL",
     "needs an object tracker": "AdversarialTexturePyTorch",
     "needs a speech recogniser": "CarliniWagnerASR ImperceptibleASR ImperceptibleASRPyTorch",

@@ -22,11 +22,11 @@ from torch import Generator, Tensor
 from robbench.attacks import Attack, Needs, choose_targets
 from robbench.errors import InputError
 from robbench.estimator import Access, sandboxed
-from robbench.threat import Eps, Norm, Threat
+from robbench.threat import Eps, Norm, Threat, parse_eps
 
-FILLED = frozenset(  # arguments that the adapter fills in
-    ["self", "model", "classifier", "estimator", "estimator_orig", "eps", "norm", "seed", "n_classes", "verbose", "targeted", "batch_size", "summary_writer"]
-)
+_HANDLES = ("self", "model", "classifier", "estimator", "estimator_orig", "summary_writer")
+_FOLLOW = ("eps", "norm", "seed", "n_classes", "verbose", "targeted", "batch_size")
+FILLED = frozenset(_HANDLES + _FOLLOW)  # arguments that the adapter fills in
 
 
 class Job(NamedTuple):
@@ -109,7 +109,7 @@ def settings_of(
 def _kind(name: str, default: object, traits: Traits) -> Any:
     """The type of an argument by its default; None for what no spec can write."""
     if name in traits.choices:
-        return Literal[traits.choices[name]]  # type: ignore[valid-type]
+        return Literal[traits.choices[name]]
     if name in traits.decimals:
         return Number if default is not None else Number | None
     if isinstance(default, bool):
@@ -234,5 +234,6 @@ def arguments(job: Job, traits: Traits, norm: Callable[[Norm], object] | None) -
     if traits.step:
         given = values.get(traits.step)
         steps = values[traits.steps] if traits.steps else 1
-        values[traits.step] = traits.pace * eps / steps if given is None else float(given)
+        default = traits.pace * eps / steps
+        values[traits.step] = default if given is None else float(parse_eps(given))
     return values

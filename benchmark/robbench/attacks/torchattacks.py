@@ -68,7 +68,8 @@ def _dlr(job: Job) -> str | None:
 
 def _sign(faults: str = _ONE_DRAW, **traits: Any) -> Traits:
     """Iterated steps of length alpha inside the ball: the family of PGD."""
-    return Traits(**{"moves": True, "step": "alpha", "steps": "steps", "faults": faults} | traits)
+    shared: dict[str, Any] = {"moves": True, "step": "alpha", "steps": "steps", "faults": faults}
+    return Traits(**shared | traits)
 
 
 _FREEZES = "a zero gradient becomes NaN in its momentum and stops the image for good"
@@ -77,7 +78,8 @@ _EAD: dict[str, Any] = {
     "minimal": True,
     "decimals": ("kappa",),
     "guard": _ead,
-    "faults": "kappa is added to the labels of all batch mates; the reference image can move",
+    "faults": "kappa is added to the labels of all batch mates; the reference image can move, out"
+    " of the box too: clipped here",
 }
 
 TABLE: dict[str, Traits] = {
@@ -136,7 +138,8 @@ TABLE: dict[str, Traits] = {
         ("linf", "l2"),
         "scores",
         choices={"loss": ("margin", "ce")},
-        faults="keeps the minimum of a noisy margin; one draw decides success",
+        faults="keeps the minimum of a noisy margin; one draw decides success; gives back the"
+        " image itself where it fails",
     ),
     "AutoAttack": Traits(
         ("linf", "l2"),
@@ -153,7 +156,11 @@ TABLE: dict[str, Traits] = {
         faults="no search for c; pixels at 0 and 1 never move; stops by the sum over the batch",
     ),
     "DeepFool": Traits(
-        ("l2",), minimal=True, targeted=False, faults="stops at the first draw that errs"
+        ("l2",),
+        minimal=True,
+        targeted=False,
+        faults="ends so near the boundary that rounding decides, write overshoot=0.2; stops at"
+        " the first draw that errs",
     ),
     "EADL1": Traits(("l1",), **_EAD),
     "EADEN": Traits(("l1", "l2"), **_EAD),
@@ -192,6 +199,7 @@ TABLE: dict[str, Traits] = {
     ),
 }  # fmt: skip
 _MAPPED = ("Jitter", "UPGD")  # these need the true labels next to the targets
+_UNBOXED = ("EADEN", "EADL1")
 
 
 def names() -> list[str]:
@@ -231,4 +239,4 @@ def _craft(name: str, constructor: Any, job: Job) -> Tensor:
         attack.set_mode_targeted_by_label(quiet=True)
         labels = job.target
     adversarial: Tensor = attack(job.x, labels)
-    return adversarial
+    return adversarial.clamp(0, 1) if name in _UNBOXED else adversarial

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from robbench.errors import InputError
+from robbench.errors import InputError, unknown
 
 COMMANDS = {
     "run": ("robbench.cli.running", "Run attacks on defenses and print the table."),
@@ -26,9 +27,6 @@ class Mistake(click.ClickException):
     """A mistake of the user: one line, exit code 2."""
 
     exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"robbench: {self.format_message()}", err=True)
 
 
 class Lazy(click.Group):
@@ -52,8 +50,6 @@ class Lazy(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from robbench.errors import unknown
-
             raise Mistake(str(unknown("command", args[0], COMMANDS)))
         return super().resolve_command(ctx, args)
 
@@ -64,28 +60,35 @@ class Lazy(click.Group):
             raise Mistake(str(error)) from None
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Lazy,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="robbench", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """What an adversarial defense is really worth.
 
     \b
     robbench run --defense ito --attack pgd
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. An interrupted run keeps every finished cell."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(arguments, prog_name="robbench", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo(
             "robbench: interrupted; finished cells are kept, run it again to go on", err=True
         )
         sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    except click.ClickException as error:  # click shows its own ones in three lines
+        click.echo(f"robbench: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -32,8 +32,10 @@ def defense_option(required: bool) -> Callable[[F], F]:
 def attack_option(function: F) -> F:
     return click.option(
         "--attack",
+        default="pgd",
+        show_default=True,
         shell_complete=_names("attacks"),
-        help="pgd, fgsm, …, torchattacks:NAME, art:NAME; a comma list is a grid.  [default: pgd]",
+        help="pgd, fgsm, …, torchattacks:NAME, art:NAME; a comma list is a grid.",
     )(function)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,10 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from robbench.cli import check_installation
 from robbench.cli.options import attack_option, common, defense_option
 from robbench.errors import InputError
+
+BLOCK_OPTIONS = {
+    "defense", "attack", "norm", "eps", "setting", "oracle", "eot", "target", "baseline", "dataset",
+    "count", "seeds", "train_seeds", "assignments",
+}  # fmt: skip
 
 if TYPE_CHECKING:
     from robbench.datasets import Dataset
@@ -60,8 +67,9 @@ def run_command(**options: Any) -> None:
     robbench run --defense ito --attack pgd --setting transfer --oracle standard
     robbench run --grid grid.yaml
     """
-    blocks = _blocks(options)
+    _check_options()
     check_installation()
+    blocks = _blocks(options)
     from robbench.cli.terminal import Console
     from robbench.executors import measure
     from robbench.records import Store
@@ -95,6 +103,24 @@ def run_command(**options: Any) -> None:
         click.get_current_context().exit(1)
 
 
+def _check_options() -> None:
+    """Options that do not go together, before anything slow is imported."""
+    context = click.get_current_context()
+    given = {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    }
+    if "grid" in given:
+        if clash := [option for name, option in given.items() if name in BLOCK_OPTIONS]:
+            raise InputError(f"--grid is instead of {', '.join(clash)}; write these into the file")
+        return
+    if not context.params["defense"]:
+        raise InputError("say what to attack: --defense ito (see 'robbench list defenses')")
+    if "oracle" in given and "transfer" not in (context.params["setting"] or ""):
+        raise InputError("--oracle is for the setting transfer; add --setting transfer")
+
+
 def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
     """All cells in reading order, each once."""
     from robbench import registry
@@ -118,13 +144,9 @@ def _blocks(options: dict[str, Any]) -> list[Block]:
     from robbench.grid import Block, invalid, read_blocks
 
     if options["grid"]:
-        if options["defense"] or options["attack"]:
-            raise InputError("give either --grid or --defense and --attack, not both")
         return read_blocks(options["grid"])
-    if not options["defense"]:
-        raise InputError("say what to attack: --defense ito (see 'robbench list defenses')")
     defense = _with_settings(options["defense"], "defense", options["assignments"])
-    attack = _with_settings(options["attack"] or "pgd", "attack", options["assignments"])
+    attack = _with_settings(options["attack"], "attack", options["assignments"])
     baseline = options["baseline"]
     names = ",".join([defense, *([] if baseline in ("none", "") else [baseline])])
     fields = {
@@ -157,11 +179,19 @@ def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
         owner, dot, key = left.partition(".")
         if not equals or not dot or owner not in ("defense", "attack"):
             raise InputError(f"--set {assignment!r}: write defense.KEY=VALUE or attack.KEY=VALUE")
+        parsed = dict(Spec.parse(f"{kind}({key}={value})").settings)
+        if list(parsed) != [key]:
+            raise InputError(f"--set {assignment!r}: write one setting; repeat --set for more")
         if owner == kind:
-            settings[key] = dict(Spec.parse(f"x({key}={value})").settings)[key]
+            settings |= parsed
     if not settings:
         return text
-    return ",".join(str(Spec.parse(item).with_settings(settings)) for item in split_list(text))
+    specs = [Spec.parse(item) for item in split_list(text)]
+    if joined := [spec for spec in specs if spec.parts]:
+        raise InputError(
+            f"--set cannot tell the parts of {joined[0]} apart; write it into the spec"
+        )
+    return ",".join(str(spec.with_settings(settings)) for spec in specs)
 
 
 def write_board(store: Any, dataset: str) -> None:
@@ -176,7 +206,8 @@ def write_board(store: Any, dataset: str) -> None:
             temporary.write_text(text)
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise unwritable(store.root, error) from None
 
 
@@ -225,6 +256,7 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     """
     check_installation()
     from robbench.executors import measure
+    from robbench.grid import MODEL
     from robbench.metrics import metrics
     from robbench.records import read
     from robbench.runner import Shared, choose_device
@@ -236,6 +268,8 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
         raise InputError(f"the record {record} is of another schema version")
     if old.status != "ok":
         raise InputError(f"the record {record} is of a failed cell ({old.reason})")
+    if old.cell.defense.startswith(MODEL) or (old.cell.setting.oracle or "").startswith(MODEL):
+        raise InputError(f"the record {record} is of a model of yours: use robbench.evaluate again")
     beside = record.resolve().parents[3] if len(record.resolve().parents) > 3 else out
     shared = Shared(beside, data_dir, choose_device(device))
     _check_identity(old.cell, shared)
@@ -263,14 +297,21 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
 def _check_identity(cell: Cell, shared: Shared) -> None:
     """A record of other data or of another version cannot be re-run, only contradicted."""
     from robbench.attacks import Configured
-    from robbench.defense import resolve
 
     data = shared.dataset(cell.dataset).hash[:16]
     if data != cell.data:
         raise InputError(f"the data differ: {cell.dataset} has the hash {data}, not {cell.data}")
-    version = "&".join(str(part.version) for part in resolve(cell.defense))
-    attack = Configured.of(cell.attack).entry.version
-    if (version, attack) != (cell.defense_version, cell.attack_version):
+    now = (_version(cell.defense), Configured.of(cell.attack).entry.version)
+    oracle = cell.setting.oracle
+    if now != (cell.defense_version, cell.attack_version) or (
+        oracle is not None and _version(oracle) != cell.setting.oracle_version
+    ):
         raise InputError(
-            f"{cell.defense} or {cell.attack} has another version now: its numbers have changed"
+            f"another version of {cell} was recorded: what it is made of gives other numbers now"
         )
+
+
+def _version(spec: str) -> str:
+    from robbench.defense import resolve
+
+    return "&".join(str(part.version) for part in resolve(spec))

@@ -13,7 +13,7 @@ KINDS = ("defenses", "attacks", "datasets", "networks")
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind", type=click.Choice(KINDS), metavar="|".join(KINDS))
 def list_command(kind: str) -> None:
     """List what specs can name, with what each can do."""
     check_installation()
@@ -87,14 +87,11 @@ def compare_command(a: str, b: str, dataset: str, out: Path) -> None:
 def data_command(name: str, data_dir: Path | None) -> None:
     """Fetch a dataset, check it by loading it, and say where it is."""
     check_installation()
-    from robbench import datasets
+    from robbench import datasets, registry
 
-    if name == "digits":
-        click.echo("digits is embedded in scikit-learn; there is nothing to fetch")
-        return
-    place = datasets.fetch(name, data_dir)
-    loaded = datasets.load(name, data_dir)
-    click.echo(f"{name}: {len(loaded.test.y)} test images, hash {loaded.hash[:16]}, in {place}")
+    place = f", from {datasets.fetch(name, data_dir)}" if registry.is_built_in(name) else ""
+    loaded = registry.dataset(name, data_dir)
+    click.echo(f"{name}: {len(loaded.test.y)} test images, hash {loaded.hash[:16]}{place}")
 
 
 @click.command("completion")

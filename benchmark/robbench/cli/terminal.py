@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ COLUMNS = (
     ("accuracy", "accuracy"),
     ("incorrect", "incorrect"),
     ("abstained", "abstained"),
-    ("correct_or_abstained", "correct+\nabstained"),
+    ("correct_or_abstained", "correct+abstained"),
 )
 
 
@@ -70,24 +71,37 @@ class Console:
             yield lambda done, total: bars.update(bar, completed=done, total=total)
 
     def table(self, made: Sequence[Row], out: Path) -> None:
-        """One table per norm and attack, 80 columns wide; each share above its interval."""
+        """One table per dataset, norm and attack, 80 columns wide, a line for each ε."""
         finished = [row for row in made if row.metrics is not None]
-        for title, group in tables.groups(finished):
-            dataset = group[0].cell.dataset
-            self.out.print(_table(f"{dataset}: {title}", group))
+        for dataset in dict.fromkeys(row.cell.dataset for row in finished):
+            own = [row for row in finished if row.cell.dataset == dataset]
+            for title, group in tables.groups(own):
+                self.out.print(f"{dataset}: {title}", style="bold", markup=False)
+                self._group(group)
+                self.out.print()
         for row in made:
             if row.metrics is None:
-                self.out.print(f"[red]failed[/red] {row.cell}: {_safe(row.note)}", soft_wrap=True)
+                text = _safe(f"{row.cell}: {row.note.removeprefix('failed: ')}")
+                self.out.print(f"[red]failed[/red] {text}", soft_wrap=True)
         self.out.print(
-            "accuracy under attack, %, above its 95 % interval (images only: an upper bound on"
-            " true robustness). cost: passes per image, seconds.",
+            "Shares in %, each with its 95 % interval over images; an accuracy under attack is"
+            " an upper bound on the true robustness. Passes: forward + backward, of one network.",
             style="dim",
         )
         boards = ", ".join(
             str(out / f"{tables.page_name(name)}.md")
             for name in dict.fromkeys(row.cell.dataset for row in made)
         )
-        self.out.print(f"records and tables: {boards}", style="dim", soft_wrap=True)
+        self.out.print(f"records and tables: {boards}", style="dim", soft_wrap=True, markup=False)
+
+    def _group(self, group: Sequence[Row]) -> None:
+        """The lines of a table, those of one defense and setting under a heading."""
+        self.out.print(_lines([], header=True))
+        for heading, lines in itertools.groupby(group, _heading):
+            same = list(lines)
+            text = f"{heading} · {_cost([row.record for row in same if row.record])}"
+            self.out.print(text, style="cyan", markup=False)
+            self.out.print(_lines(same))
 
 
 def _safe(text: str) -> str:
@@ -96,29 +110,38 @@ def _safe(text: str) -> str:
     return escape(text)
 
 
-def _table(title: str, group: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left", width=80, box=None, padding=(0, 1, 0, 0))
-    table.add_column("defense", overflow="fold", ratio=2)
-    table.add_column("setting", overflow="fold", ratio=2)
-    table.add_column("ε", justify="right")
+def _heading(row: Row) -> str:
+    cell = row.cell
+    seeds = [("train seed", cell.train_seed), ("seed", cell.seed)]
+    parts = [
+        shown(cell.defense, cell.dataset),
+        tables.setting_text(cell, tables.deterministic(row)),
+    ]
+    return " · ".join(parts + [f"{name} {seed}" for name, seed in seeds if seed])
+
+
+def _cost(records: Sequence[Record]) -> str:
+    """'17–33 passes an image, 1s–2s': the least and the most that an ε took."""
+    parts = []
+    for index, key in enumerate(("forwards", "seconds")):
+        ordered = sorted(records, key=lambda record: record.cost[key])
+        ends = (tables.cost(record).split()[index] for record in (ordered[0], ordered[-1]))
+        parts.append("–".join(dict.fromkeys(ends)))
+    return f"{parts[0]} passes an image, {parts[1]}"
+
+
+def _lines(group: Sequence[Row], header: bool = False) -> Table:
+    table = Table(show_header=header, box=None, padding=(0, 2, 0, 0), width=80, pad_edge=False)
+    table.add_column("ε", justify="right", width=7, overflow="fold")
     for _, heading in COLUMNS:
-        table.add_column(heading, justify="right", min_width=9)
-    table.add_column("cost", justify="right", min_width=5)
-    previous = None
+        table.add_column(heading, justify="right", width=max(16, len(heading)))
     for row in group:
-        assert row.metrics is not None and row.record is not None
-        cell = row.cell
-        key = (shown(cell.defense, cell.dataset), tables.setting_text(cell, tables.deterministic(row)))
+        assert row.metrics is not None
         shares = [getattr(row.metrics, name) for name, _ in COLUMNS]
-        names = key if key != previous else ("", "")
         table.add_row(
-            _safe(names[0]),
-            _safe(names[1]),
-            format_eps(cell.threat.eps),
-            *(f"{tables.percent(share)}\n{tables.interval(share)}" for share in shares),
-            tables.cost(row.record).replace(" ", "\n"),
+            format_eps(row.cell.threat.eps),
+            *(f"{tables.percent(share)} {tables.interval(share):>10}" for share in shares),
         )
-        previous = key
     return table
 
 
@@ -129,7 +152,7 @@ class Silent:
         """A task is at `done` of `total` steps."""
 
     def finished(self, task: Task) -> None:
-        """A task is done."""
+        """A task is done; of one that failed nothing more is heard."""
 
     def record(self, record: Record) -> None:
         """A cell has its record."""

@@ -23,8 +23,8 @@ from robbench.networks.vgg import VGG16
 from robbench.networks.wideresnet import wideresnet
 
 __all__ = [
-    "NETWORKS", "Block", "Network", "Normalize", "ResNet", "Shape", "build", "load_torchvision",
-    "torchvision_weights",
+    "NETWORKS", "Block", "Network", "Normalize", "ResNet", "Shape", "build", "check",
+    "load_torchvision", "torchvision_weights",
 ]  # fmt: skip
 
 # name -> function of (shape, labels, *, settings); its keyword-only arguments are the settings.
@@ -43,6 +43,12 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 
 def build(name: str, settings: Mapping[str, object], shape: Shape, labels: int) -> Network:
     """The network `name` with fresh weights, for images of shape (C, H, W) and that many labels."""
+    checked = check(name, settings)
+    return NETWORKS[name](shape, labels, **checked)
+
+
+def check(name: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings as the network takes them; an InputError for what it does not take."""
     if name not in NETWORKS:
         raise unknown("network", name, NETWORKS)
     parameters = inspect.signature(NETWORKS[name], eval_str=True).parameters.values()
@@ -52,7 +58,7 @@ def build(name: str, settings: Mapping[str, object], shape: Shape, labels: int) 
         if key not in types:
             raise unknown(f"setting of network {name!r}:", key, types)
         checked[key] = _checked(f"setting {key!r} of network {name!r}", value, types[key])
-    return NETWORKS[name](shape, labels, **checked)
+    return checked
 
 
 def _checked(what: str, value: object, kind: Any) -> object:

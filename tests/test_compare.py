@@ -1,0 +1,241 @@
+"""Paired comparison: p-values by enumeration, the records that are paired, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from robbench.compare import compare
+from robbench.defense import with_preset
+from robbench.errors import InputError
+from robbench.grid import Cell, Setting
+from robbench.records import Record, Store
+from robbench.threat import Threat
+
+WHITEBOX, ADAPTIVE = Setting(kind="whitebox"), Setting(kind="adaptive", eot=20)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def record(defense="standard", right=(1, 1, 0, 0), draws=1, subset="s", **changes):
+    """A record whose images are right in `right` of the draws."""
+    right = np.array(right, dtype=np.uint8)
+    fields = {
+        "dataset": "digits",
+        "data": "0" * 16,
+        "n": len(right),
+        "defense_version": "1",
+        "attack": "pgd",
+        "attack_version": 1,
+        "threat": Threat(norm="linf", eps="1/10"),
+        "setting": WHITEBOX,
+    }
+    cell = Cell(defense=defense, **(fields | changes))
+    wrong = (draws - right).astype(np.uint8)
+    return Record(
+        id=cell.id,
+        cell=cell,
+        draws=draws,
+        ok=right,
+        err=wrong,
+        clean_ok=right,
+        clean_err=wrong,
+        distance=np.zeros(len(right), dtype=np.float32),
+        provenance={"subset_hash": subset},
+    )
+
+
+def table(store, a, b, *records, dataset="digits"):
+    """The lines of a comparison, as lists of cells."""
+    for each in records:
+        store.put(each)
+    lines = compare(a, b, dataset, store.root).splitlines()
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[4:]]
+
+
+def p_value(line):
+    return float(line[-2])
+
+
+def test_deterministic_defenses_are_compared_by_mcnemars_exact_test(store):
+    a, b = np.repeat([1, 1, 0, 0], [30, 12, 3, 5]), np.repeat([1, 0, 1, 0], [30, 12, 3, 5])
+    (line,) = table(store, "standard", "pgd-at", record(right=a), record("pgd-at", b))
+    closed = 2 * sum(math.comb(15, k) for k in range(4)) / 2**15  # 12 against 3
+    assert p_value(line) == pytest.approx(closed, rel=0.05)
+    assert p_value(line) == pytest.approx(stats.binomtest(12, 15).pvalue, rel=0.05)
+
+
+def test_stochastic_defenses_are_compared_by_all_sign_flips(store):
+    a, b = np.array([10, 7, 9, 3, 8, 5, 6]), np.array([2, 6, 4, 3, 9, 1, 6])
+    (line,) = table(store, "ito", "enresnet", record("ito", a, 10), record("enresnet", b, 10))
+    d = a - b
+    flips = [abs(np.dot(signs, d)) for signs in itertools.product((1, -1), repeat=len(d))]
+    assert p_value(line) == pytest.approx(np.mean(np.array(flips) >= abs(d.sum())), rel=0.05)
+
+
+def test_one_image_is_no_evidence(store):
+    (line,) = table(
+        store, "ito", "enresnet", record("ito", (9, 9), 10), record("enresnet", (9, 0), 10)
+    )
+    assert p_value(line) == 1  # its sign could be either
+
+
+def test_a_defense_does_not_differ_from_itself(store):
+    (line,) = table(store, "ito", "ito", record("ito", (20, 3, 0), 20))
+    assert line[7] == "+0.0 (-70.8..+70.8)"  # nothing seen in three images is little evidence
+    assert line[-2:] == ["1", "1"]
+    (line,) = table(store, "standard", "standard", record())
+    assert line[-2:] == ["1", "1"]
+
+
+def test_the_difference_has_its_paired_interval(store):
+    a, b = np.repeat([20, 15], 50), np.repeat([15, 10], 50)
+    a[0] = 19
+    (line,) = table(store, "ito", "enresnet", record("ito", a, 20), record("enresnet", b, 20))
+    d = (a - b) / 20
+    low, high = stats.ttest_1samp(d, 0).confidence_interval()
+    assert line[7] == f"{100 * d.mean():+.1f} ({100 * low:+.1f}..{100 * high:+.1f})"
+
+
+def test_p_values_are_adjusted_over_the_table(store):
+    a, b = np.repeat([1, 0], [9, 1]), np.zeros(10)
+    records = [
+        record(defense, right, threat=Threat(eps=eps))
+        for defense, right in (("standard", a), ("pgd-at", b))
+        for eps in ("1/10", "1/5", "3/10")
+    ]
+    lines = table(store, "standard", "pgd-at", *records)
+    assert [line[-2:] for line in lines] == [["0.0039", "0.012"]] * 3
+
+
+def test_only_cells_that_were_attacked_alike_are_paired(store):
+    records = [
+        record(threat=Threat(eps="1/10")),
+        record(threat=Threat(eps="1/5")),
+        record(seed=1),
+        record("pgd-at", threat=Threat(eps="1/10")),
+        record("pgd-at", threat=Threat(eps="1/5"), attack="fgsm"),
+        record("pgd-at", threat=Threat(norm="l2", eps="1/10")),
+        record("pgd-at", train_seed=1),
+    ]
+    (line,) = table(store, "standard", "pgd-at", *records)
+    assert line[:4] == ["pgd", "linf", "0.1", "4"]
+
+
+def test_lines_are_sorted_by_norm_attack_and_budget(store):
+    records = [
+        record(defense, attack=attack, threat=Threat(norm=norm, eps=eps))
+        for defense in ("standard", "pgd-at")
+        for attack in ("pgd", "fgsm")
+        for norm in ("l2", "linf")
+        for eps in ("8/255", "1/10", "1")
+    ]
+    lines = table(store, "standard", "pgd-at", *records)
+    assert [line[1] for line in lines] == ["linf"] * 6 + ["l2"] * 6
+    assert [line[0] for line in lines[:6]] == ["fgsm"] * 3 + ["pgd"] * 3
+    assert [line[2] for line in lines[:3]] == ["8/255", "0.1", "1"]
+
+
+def test_without_a_setting_the_strongest_is_compared(store):
+    records = [
+        record("ito", (20, 20, 0, 0), 20),
+        record("ito", (10, 0, 0, 0), 20, setting=ADAPTIVE),
+        record("ito", (20, 0, 0, 0), 20, setting=Setting(kind="adaptive", eot=5)),
+        record("standard", (1, 0, 0, 0)),
+    ]
+    (line,) = table(store, "ito", "standard", *records)
+    assert line[4:7] == ["adaptive EOT 20 / whitebox", "12.5", "25.0"]
+
+
+def test_a_setting_can_be_chosen(store):
+    records = [
+        record("ito", (20, 20, 0, 0), 20),
+        record("ito", (10, 0, 0, 0), 20, setting=ADAPTIVE),
+    ]
+    (line,) = table(store, "ito@whitebox", "ito@adaptive", *records)
+    assert line[4:7] == ["whitebox / adaptive EOT 20", "50.0", "12.5"]
+
+
+def test_transfer_is_compared_with_transfer_from_the_same_oracle(store):
+    transfer = [Setting(kind="transfer", oracle=name) for name in ("ito", "enresnet")]
+    records = [record(defense, setting=transfer[0]) for defense in ("standard", "pgd-at")]
+    records += [record("standard"), record("pgd-at"), record("standard", setting=transfer[1])]
+    lines = table(store, "standard", "pgd-at", *records)
+    assert sorted(line[4] for line in lines) == ["transfer from ito", "whitebox"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["ito", "ito(omega=0.4)", "ito(epochs=1, base=standard(epochs=3))"]
+)
+def test_a_spec_finds_what_the_preset_of_its_dataset_recorded(store, spec):
+    recorded = str(with_preset("ito", "quick", "mnist"))
+    assert recorded != "ito"
+    records = [
+        record(recorded, (20, 0), 20, dataset="mnist"),
+        record("pgd-at", (1, 0), dataset="mnist"),
+    ]
+    (line,) = table(store, spec, "pgd-at", *records, dataset="mnist")
+    assert line[5:7] == ["50.0", "50.0"]
+
+
+def test_a_spec_finds_what_was_recorded_without_the_preset(store):
+    records = [
+        record("ito", (20, 0), 20, dataset="mnist"),
+        record("pgd-at", dataset="mnist", right=(1, 1)),
+    ]
+    (line,) = table(store, "ito", "pgd-at", *records, dataset="mnist")
+    assert line[5:7] == ["50.0", "100.0"]
+
+
+def test_a_model_of_the_caller_is_found_by_its_name(store):
+    records = [record("model:Sequential:0123"), record("pgd-at")]
+    (line,) = table(store, "model:Sequential:0123", "pgd-at", *records)
+    assert line[5:7] == ["50.0", "50.0"]
+
+
+def test_two_files_are_compared_whatever_they_are(store):
+    a = store.put(record())
+    b = store.put(record("pgd-at", (1, 0, 0, 0), attack="fgsm", threat=Threat(eps="1/5")))
+    text = compare(str(a), str(b), "digits", store.root)
+    assert "A = standard" in text
+    assert "pgd / fgsm" in text
+    assert "0.1 / 0.2" in text
+
+
+@pytest.mark.parametrize("change", [{"subset": "t"}, {"data": "1" * 16}, {"right": (1, 0)}])
+def test_records_of_different_images_are_not_paired(store, change):
+    a, b = store.put(record()), store.put(record("pgd-at", **change))
+    with pytest.raises(InputError, match="different images"):
+        compare(str(a), str(b), "digits", store.root)
+
+
+@pytest.mark.parametrize(
+    ("a", "message"),
+    [
+        ("ito@whitebxo", "'whitebxo' in 'ito@whitebxo' is not a setting; write one of whitebox"),
+        ("itto", "unknown defense 'itto'; did you mean 'ito'?"),
+        ("enresnet", "no cell below .* was run on both enresnet and standard"),
+        ("standard@transfer", "no cell below"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(store, a, message):
+    store.put(record())
+    with pytest.raises(InputError, match=message):
+        compare(a, "standard", "digits", store.root)
+
+
+def test_files_that_cannot_be_compared_are_refused(store):
+    cell = record().cell
+    failed = Record(id=cell.id, cell=cell, status="failed", reason="no gradient")
+    path = store.put(failed)
+    with pytest.raises(InputError, match="of a failed cell"):
+        compare(str(path), str(path), "digits", store.root)
+    with pytest.raises(InputError, match="cannot read the record"):
+        compare("absent.json", str(path), "digits", store.root)

@@ -1,0 +1,257 @@
+"""Pages and rows as pure functions of records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robbench import statistics, tables
+from robbench.grid import Cell, Setting
+from robbench.metrics import Measure, metrics
+from robbench.records import Record
+from robbench.statistics import Interval
+from robbench.threat import Threat
+
+WHITEBOX = Setting(kind="whitebox")
+
+
+def cell(**changes):
+    fields = {
+        "dataset": "digits",
+        "data": "0" * 16,
+        "n": 4,
+        "defense": "standard",
+        "defense_version": "1",
+        "attack": "pgd",
+        "attack_version": 1,
+        "threat": Threat(norm="linf", eps="1/10"),
+        "setting": WHITEBOX,
+    }
+    return Cell(**(fields | changes))
+
+
+def record(of=None, draws=1, seconds=1.0, right=(1, 1, 0, 0), **changes):
+    """A record whose images were all right when clean and are right in `right` draws under
+    attack."""
+    of = of or cell()
+    right = np.array(right, dtype=np.uint8)
+    fields = {
+        "id": of.id,
+        "cell": of,
+        "draws": draws,
+        "ok": right,
+        "err": (draws - right).astype(np.uint8),
+        "clean_ok": np.full(of.n, draws, dtype=np.uint8),
+        "clean_err": np.zeros(of.n, dtype=np.uint8),
+        "distance": np.zeros(of.n, dtype=np.float32),
+        "cost": {"forwards": 21.0, "backwards": 20.0, "queries": 21.0, "seconds": seconds},
+        "provenance": {"device": "some GPU", "commit": "abc", "threads": 1},
+    }
+    return Record(**(fields | changes))
+
+
+@pytest.fixture
+def many():
+    """Records of several norms, attacks, settings, ε and seeds."""
+    settings = [WHITEBOX, Setting(kind="transfer", oracle="pgd-at")]
+    return [
+        record(cell(threat=Threat(norm=norm, eps=eps), attack=attack, setting=setting, seed=seed))
+        for norm in ("l2", "linf")
+        for eps in ("1/10", "8/255", "1")
+        for attack in ("pgd", "fgsm")
+        for setting in settings
+        for seed in (0, 1)
+    ]
+
+
+def failed(of=None):
+    of = of or cell(seed=9)
+    return Record(id=of.id, cell=of, status="failed", reason="the attack left the ball")
+
+
+def page(*records):
+    return tables.pages("digits", list(records))["digits.md"]
+
+
+def sheet(*records):
+    return list(csv.DictReader(io.StringIO(tables.pages("digits", list(records))["digits.csv"])))
+
+
+def body(markdown):
+    """The cells of every line of the markdown tables, headers left out."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    split = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    return [
+        [each.strip() for each in line]
+        for line in split
+        if line[0].strip() != "defense" and set("".join(line)) - set(":-")
+    ]
+
+
+def test_pages_do_not_depend_on_the_order_of_records(many):
+    expected = tables.pages("digits", many)
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(many, len(many))
+        assert tables.pages("digits", shuffled) == expected
+
+
+def test_pages_survive_the_files(many):
+    read = [Record.model_validate_json(each.text()) for each in many]
+    assert tables.pages("digits", read) == tables.pages("digits", many)
+
+
+def test_pages_do_not_depend_on_the_machine():
+    here = record(seconds=1.0)
+    there = record(seconds=99.0, provenance={"device": "cpu", "commit": None, "threads": 8})
+    assert tables.pages("digits", [here]) == tables.pages("digits", [there])
+
+
+def test_a_page_mentions_no_time():
+    assert not re.search(r"second|time\b|wall", page(record()))
+
+
+def test_rows_are_sorted_by_norm_attack_setting_and_budget(many):
+    made = tables.rows(many)
+    order = [
+        (row.cell.threat.norm != "linf", row.cell.attack, row.cell.setting.kind == "transfer")
+        for row in made
+    ]
+    assert order == sorted(order)
+    budgets = [row.cell.threat.eps for row in made[:6]]
+    assert budgets == sorted(budgets)
+
+
+def test_failed_cells_are_rows_but_on_no_page():
+    made = tables.rows([failed(), record()])
+    assert [row.note for row in made if row.metrics is None] == ["failed: the attack left the ball"]
+    assert tables.pages("digits", [failed(), record()]) == tables.pages("digits", [record()])
+
+
+def test_an_empty_page_is_a_page():
+    assert page(failed()).startswith("# digits\n")
+
+
+def test_a_page_shows_shares_with_intervals_and_n():
+    text = page(record())
+    (clean,), (attacked,) = (
+        [line for line in body(text) if len(line) == 5],
+        [line for line in body(text) if len(line) > 5],
+    )
+    half = statistics.proportion(2, 4)
+    interval = f"{100 * half.low:.1f}–{100 * half.high:.1f}"
+    assert clean[:2] == ["`standard`", "100.0 (39.8–100.0)"]  # 0.025 ** (1 / 4)
+    assert attacked[2:4] == ["0.1", f"50.0 ({interval})"]
+    assert attacked[-1] == "41"
+    assert "## pgd, linf, n = 4" in text
+
+
+def test_each_setting_has_its_name():
+    records = [
+        record(cell()),
+        record(cell(setting=Setting(kind="transfer", oracle="pgd-at"))),
+        record(cell(setting=Setting(kind="blackbox"))),
+        record(cell(defense="ito"), draws=5),
+        record(cell(defense="ito", setting=Setting(kind="adaptive", eot=20)), draws=5),
+        record(cell(defense="ito(omega=0)")),
+    ]
+    shown = {(line[0], line[1]) for line in body(page(*records)) if len(line) > 5}
+    assert shown == {
+        ("`standard`", "whitebox = adaptive"),
+        ("`standard`", "transfer from pgd-at"),
+        ("`standard`", "blackbox"),
+        ("`ito`", "whitebox"),
+        ("`ito`", "adaptive EOT 20"),
+        ("`ito(omega=0)`", "whitebox"),  # deterministic, but its own loss is another attack
+    }
+
+
+def test_the_clean_table_has_one_line_a_defense_and_seed():
+    records = [record(cell(threat=Threat(eps=eps))) for eps in ("1/10", "1/5")]
+    records += [record(cell(defense="ito")), record(cell(train_seed=1))]
+    assert len([line for line in body(page(*records)) if len(line) == 5]) == 3
+
+
+@given(st.text(alphabet="ab|`\n\\ *", max_size=12))
+@settings(max_examples=60)
+def test_no_name_breaks_a_table(name):
+    strange = f"model:x{name}"
+    text = page(
+        record(cell(defense=strange)),
+        record(cell(setting=Setting(kind="transfer", oracle=strange))),
+    )
+    lengths = {len(line) for line in body(text)}
+    headers = [line for line in text.splitlines() if line.startswith("| defense")]
+    assert lengths == {header.count("|") - 1 for header in headers}
+    assert len(body(text)) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.12345, 0.1, 0.15, ("12.3", "10.0–15.0")),
+        (1.0, 0.9634, 1.0, ("100.0", "96.3–100.0")),
+        (0.0, 0.0, 0.0004, ("0.0", "0.0–0.0")),
+        (float("nan"), float("nan"), float("nan"), ("n.a.", "")),
+    ],
+)
+def test_shares_are_written_as_percent(value, low, high, expected):
+    measure = Measure(value, Interval(low, high))
+    assert (tables.percent(measure), tables.interval(measure)) == expected
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [(41, "41 2s"), (999, "999 2s"), (1000, "1.0k 2s"), (2_345_678, "2.3M 2s")],
+)
+def test_cost_has_a_unit(passes, expected):
+    spent = {"forwards": passes - 20.0, "backwards": 20.0, "queries": 1.0, "seconds": 2.4}
+    assert tables.cost(record(cost=spent)) == expected
+
+
+def test_a_sheet_has_every_share_and_its_interval():
+    stochastic = record(cell(defense="ito"), draws=20, right=(20, 20, 10, 0))
+    (line,) = sheet(stochastic)
+    found = metrics(stochastic)
+    for name in (*tables.SHARES, "conditional", "clean", "clean_abstained"):
+        measure = getattr(found, name)
+        assert float(line[name]) == pytest.approx(measure.value, abs=1e-6)
+        assert float(line[f"{name}_low"]) == pytest.approx(measure.interval.low, abs=1e-6)
+        assert float(line[f"{name}_high"]) == pytest.approx(measure.interval.high, abs=1e-6)
+    assert (line["id"], line["n"], line["eps"], line["draws"]) == (stochastic.id, "4", "0.1", "20")
+    assert "seconds" not in line
+
+
+def test_a_persistent_attacker_stands_beside_the_accuracy():
+    (line,) = sheet(record(cell(defense="ito"), draws=20, right=(20, 20, 10, 0)))
+    survives = np.prod([(10 - i) / (20 - i) for i in range(10)])  # ten draws, all among the right
+    assert float(line["ra_at_10"]) == pytest.approx((2 + survives) / 4, abs=1e-6)
+    (line,) = sheet(record())
+    assert line["ra_at_10"] == line["accuracy"]
+
+
+def test_rows_are_valid_json_even_where_nothing_was_right():
+    nothing = np.zeros(4, dtype=np.uint8)
+    hopeless = record(clean_ok=nothing, clean_err=nothing + 1, right=(0, 0, 0, 0))
+    (row,) = tables.rows([hopeless])
+    values = json.loads(json.dumps(tables.flat(row), allow_nan=False))
+    assert values["conditional"] is None
+    assert sheet(hopeless)[0]["conditional"] == ""
+
+
+def test_a_failed_row_says_why():
+    (row,) = tables.rows([failed()])
+    values = tables.flat(row)
+    assert values["status"] == "failed"
+    assert "left the ball" in values["reason"]
+
+
+def test_file_names_are_portable():
+    assert set(tables.pages("folder:a/b c", [])) == {"folder_a_b_c.md", "folder_a_b_c.csv"}
