@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
-from robbench.estimator import MeanLogits, MeanProbabilities, Rule
+from robbench.rules import MeanLogits, MeanProbabilities, Rule
 from robbench.training import Adversarial, AdversarialSpec
 
 

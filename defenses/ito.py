@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robbench.attacks.losses import Votes
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
-from robbench.estimator import Loss, Rule, Vote
+from robbench.rules import Loss, Rule, Vote
 
 
 class Diffusion(nn.Module):

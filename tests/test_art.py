@@ -13,9 +13,13 @@ from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from robbench import datasets
+from robbench.access import Access
 from robbench.attacks import Configured, art, art_table
 from robbench.attacks.art_table import TABLE
-from robbench.estimator import Access, Deployed, Estimator, MeanLogits, seed_everything
+from robbench.deployed import Deployed
+from robbench.estimator import Estimator
+from robbench.randomness import seed_everything
+from robbench.rules import MeanLogits
 from robbench.threat import Threat, distance
 
 SEED = int(torch.randint(2**31 - 1, (1,), generator=torch.Generator().manual_seed(0)))

@@ -12,11 +12,13 @@ from art.attacks.attack import EvasionAttack
 from torch import nn
 
 from robbench import datasets
+from robbench.access import Access
 from robbench.attacks import Configured, art, art_table, find
 from robbench.attacks.art_table import TABLE
 from robbench.attacks.library import Job
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Access, Deployed, MeanLogits
+from robbench.rules import MeanLogits
 from robbench.threat import Threat
 
 L2 = Threat(norm="l2")

@@ -19,7 +19,7 @@ from robbench.checkpoints import Shelf, cache_folder, key_of
 from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.errors import InputError
-from robbench.estimator import MeanProbabilities, Vote
+from robbench.rules import MeanProbabilities, Vote
 from robbench.training import train
 
 CPU = torch.device("cpu")

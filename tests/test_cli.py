@@ -385,6 +385,18 @@ def test_progress_is_plain_lines_where_it_is_no_terminal(robbench, tmp_path, mon
     assert "\x1b" not in err and "\r" not in err
 
 
+def test_a_training_that_failed_is_not_said_to_be_done(robbench, tmp_path, monkeypatch):
+    def failing(*rest):
+        raise RuntimeError("loss nan")
+
+    monkeypatch.setattr(checkpoints, "train", failing)
+    monkeypatch.setenv("ROBBENCH_CACHE", str(tmp_path / "cache"))
+    code, out, err = robbench(*RUN, *SERIAL, "--out", tmp_path)
+    assert code == 1
+    assert "trained" not in err and err.count("RuntimeError: loss nan") == 2
+    assert out.count("RuntimeError: loss nan") == 2
+
+
 def test_progress_is_bars_with_the_time_left_on_a_terminal(robbench, tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

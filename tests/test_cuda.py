@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from robbench import networks, registry
+from robbench.access import Access
 from robbench.attacks import Configured
-from robbench.estimator import Access, Deployed, MeanProbabilities
+from robbench.deployed import Deployed
+from robbench.rules import MeanProbabilities
 from robbench.threat import Threat
 
 pytestmark = pytest.mark.cuda

@@ -17,8 +17,9 @@ from scipy import special
 from robbench import datasets, networks, registry
 from robbench.checkpoints import common_rule, key_of
 from robbench.defense import INFERENCE, canonical, resolve, with_preset
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import ABSTAIN, Deployed, Draw, MeanProbabilities, Vote
+from robbench.rules import ABSTAIN, Draw, MeanProbabilities, Vote
 from robbench.training import Adversarial
 
 SHAPE, LABELS = (1, 8, 8), 10

@@ -17,21 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robbench import datasets
+from robbench.access import Access
 from robbench.attacks.losses import Votes, ce
-from robbench.estimator import (
-    ABSTAIN,
-    Access,
-    Deployed,
-    Draw,
-    Estimator,
-    MeanLogits,
-    MeanProbabilities,
-    Vote,
-    images_at_once,
-    preserved_random_state,
-    sandboxed,
-    seed_everything,
-)
+from robbench.deployed import Deployed, images_at_once
+from robbench.estimator import Estimator
+from robbench.randomness import preserved_random_state, sandboxed, seed_everything
+from robbench.rules import ABSTAIN, Draw, MeanLogits, MeanProbabilities, Vote
 
 SHAPE = (1, 8, 8)
 RULES = [MeanLogits(), MeanProbabilities(), Vote(), Vote(nested=True), Vote(majority=False)]

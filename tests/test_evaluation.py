@@ -14,8 +14,8 @@ from torch import nn
 
 import robbench
 from robbench import datasets
-from robbench.estimator import MeanLogits, Vote
 from robbench.records import Store
+from robbench.rules import MeanLogits, Vote
 
 TINY = "standard(epochs=1, network=mlp(hidden=[8]))"
 

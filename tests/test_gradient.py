@@ -20,17 +20,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robbench import datasets
+from robbench.access import Access
 from robbench.attacks import Configured, choose_targets, gradient
 from robbench.attacks.losses import SCORE_LOSSES, Votes, ce
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import (
-    Access,
-    Deployed,
-    Estimator,
-    MeanLogits,
-    MeanProbabilities,
-    Vote,
-)
+from robbench.estimator import Estimator
+from robbench.rules import MeanLogits, MeanProbabilities, Vote
 from robbench.threat import Threat, distance, within
 
 SHAPE = (1, 8, 8)

@@ -15,7 +15,7 @@ STEPS = [  # each may import its own step and what stands above it
     {"threat", "statistics"},
     {"datasets", "networks"},
     {"registry"},
-    {"estimator", "deployed", "access", "randomness"},
+    {"estimator", "deployed", "access", "rules", "randomness"},
     {"attacks"},
     {"defense", "training", "checkpoints"},
     {"defenses"},  # the registry imports them by name: nothing above may

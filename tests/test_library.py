@@ -17,12 +17,14 @@ from art.attacks import evasion
 from torch import nn
 
 from robbench import datasets
+from robbench.access import Access
 from robbench.attacks import Configured, choose_targets, find
 from robbench.attacks.art_table import TABLE as ART
 from robbench.attacks.library import FILLED, Job, arguments
 from robbench.attacks.torchattacks import TABLE as TORCHATTACKS
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Access, Deployed, MeanLogits
+from robbench.rules import MeanLogits
 from robbench.threat import Threat, distance, within
 
 TRAITS = {f"torchattacks:{name}": traits for name, traits in TORCHATTACKS.items()}

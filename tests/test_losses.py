@@ -13,9 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from robbench.access import Access
 from robbench.attacks.losses import SCORE_LOSSES, Votes, ce, choose, dlr, margin
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Access, Deployed, Draw, Estimator, MeanLogits
+from robbench.estimator import Estimator
+from robbench.rules import Draw, MeanLogits
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 SCORES = st.lists(st.integers(-400, 400), min_size=5, max_size=5).map(

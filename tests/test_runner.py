@@ -16,10 +16,11 @@ from torch import nn
 from robbench import datasets, registry, runner
 from robbench.attacks import attack
 from robbench.checkpoints import Trained
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Deployed, MeanLogits, Vote
 from robbench.executors import measure
 from robbench.grid import Block
+from robbench.rules import MeanLogits, Vote
 from robbench.runner import Shared, merge, run_shard, shards
 
 N = 20

@@ -11,10 +11,13 @@ import torchattacks
 from torch import nn
 
 from robbench import datasets
+from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.attacks.torchattacks import TABLE, names
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Access, Deployed, MeanLogits, seed_everything
+from robbench.randomness import seed_everything
+from robbench.rules import MeanLogits
 from robbench.threat import Threat
 
 SEED = int(torch.randint(2**31 - 1, (1,), generator=torch.Generator().manual_seed(0)))

@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from robbench import datasets, registry, training
+from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.datasets import Split
 from robbench.defense import resolve
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Access, Deployed, MeanLogits
+from robbench.rules import MeanLogits
 from robbench.threat import Threat, distance
 from robbench.training import Adversarial, Diverged, train
 

@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robbench.access import Access
     from robbench.attacks import attack
     from robbench.datasets import Dataset, from_tensors
     from robbench.defense import Defense
     from robbench.errors import InputError
-    from robbench.estimator import Access, Draw
     from robbench.evaluation import deploy, evaluate
     from robbench.registry import dataset
+    from robbench.rules import Draw
     from robbench.threat import Threat
 
 _HOMES = {
@@ -29,8 +30,8 @@ _HOMES = {
     "Dataset": "datasets",
     "from_tensors": "datasets",
     "dataset": "registry",
-    "Access": "estimator",
-    "Draw": "estimator",
+    "Access": "access",
+    "Draw": "rules",
     "Threat": "threat",
     "InputError": "errors",
 }

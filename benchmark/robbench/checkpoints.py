@@ -21,10 +21,12 @@ from torch import nn
 
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Deployed, Loss, MeanProbabilities, Rule, preserved_random_state
 from robbench.networks import load_torchvision, torchvision_weights
+from robbench.randomness import preserved_random_state
 from robbench.registry import Spec
+from robbench.rules import Loss, MeanProbabilities, Rule
 from robbench.training import Progress, derive, train
 
 

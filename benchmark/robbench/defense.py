@@ -15,8 +15,8 @@ from torch import Generator, Tensor, nn
 from robbench import networks, registry
 from robbench.attacks import check_settings
 from robbench.errors import InputError, unknown
-from robbench.estimator import Draw, Loss, MeanProbabilities, Rule
 from robbench.registry import Spec
+from robbench.rules import Draw, Loss, MeanProbabilities, Rule
 from robbench.training import AdversarialSpec, Batch, Optimisation
 
 D = TypeVar("D", bound="type[Defense]")

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from robbench import registry, tables
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset, from_tensors
+from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.estimator import Deployed, Loss, MeanProbabilities, Rule
 from robbench.executors import measure
 from robbench.grid import MODEL, Block, Cell, invalid
 from robbench.records import Record, Store
+from robbench.rules import Loss, MeanProbabilities, Rule
 from robbench.runner import Shared, choose_device
 
 if TYPE_CHECKING:

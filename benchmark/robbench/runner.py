@@ -22,21 +22,17 @@ import torch
 from torch import Tensor
 
 from robbench import registry
+from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.checkpoints import Shelf, Trained, cache_folder, key_of
 from robbench.datasets import Dataset, Subset
 from robbench.defense import resolve
+from robbench.deployed import images_at_once
 from robbench.errors import InputError, unknown
-from robbench.estimator import (
-    ABSTAIN,
-    Access,
-    images_at_once,
-    preserved_random_state,
-    sandboxed,
-    seed_everything,
-)
 from robbench.grid import Cell
+from robbench.randomness import preserved_random_state, sandboxed, seed_everything
 from robbench.records import Record
+from robbench.rules import ABSTAIN
 from robbench.threat import Threat, distance, within
 from robbench.training import Progress, derive
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Generator, Tensor
 
 from robbench import registry
+from robbench.access import Access
 from robbench.errors import InputError, unknown
-from robbench.estimator import Access
 from robbench.registry import Spec
 from robbench.threat import Norm, Threat
 
@@ -75,9 +76,9 @@ def find(name: str) -> Attack:
     """The attack of this name: native, plugin, or a class of a library as `torchattacks:NAME`."""
     library, colon, inner = name.partition(":")
     if colon and library in ("torchattacks", "art"):
-        from robbench.attacks import art, torchattacks
-
-        return {"torchattacks": torchattacks, "art": art}[library].find(inner)
+        adapter = importlib.import_module(f"robbench.attacks.{library}")
+        found: Attack = adapter.find(inner)
+        return found
     entry = registry.attacks.get(name)
     if not isinstance(entry, Attack):  # a plugin's bare function
         entry = Attack(name, entry, frozenset({"linf", "l2", "l1"}))

@@ -17,33 +17,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from robbench.attacks import Attack
 from robbench.attacks.art_table import TABLE, available
 from robbench.attacks.library import Job, arguments, attack_of
 from robbench.errors import unknown
-from robbench.estimator import Access, Estimator
 from robbench.threat import Norm
 
 _NORMS: dict[Norm, object] = {"linf": np.inf, "l2": 2, "l1": 1}
 _PROBABILITIES = ("NewtonFool", "SimBA", "VirtualAdversarialMethod")
 _INEXACT = ("CarliniL0Method", "PixelAttack", "ThresholdAttack")
 _ROUNDING = 1e-5  # these go to [0, 255] or tanh space and back; a real step is 1/255 at least
-
-
-class _Probabilities(Estimator):
-    """The defense for classes that want probabilities instead of log-scores."""
-
-    def __init__(self, access: Access) -> None:
-        super().__init__(access)
-        self._model = self._make_model_wrapper(nn.Sequential(access, nn.Softmax(dim=1)))
-
-    def predict(
-        self, x: np.ndarray, batch_size: int = 128, training_mode: bool = False, **kwargs: Any
-    ) -> np.ndarray:
-        scores = torch.from_numpy(super().predict(x, batch_size))
-        return scores.softmax(dim=1).numpy()
 
 
 class _Seeded(np.random.RandomState):
@@ -70,13 +55,17 @@ def find(name: str) -> Attack:
         return _craft(name, constructor, job)
 
     start = getattr(constructor, "__init__", None)
-    return attack_of("art", name, start, available(name), craft, r"(art|cma|numpy\.matrixlib)(\.|$)")
+    return attack_of(
+        "art", name, start, available(name), craft, r"(art|cma|numpy\.matrixlib)(\.|$)"
+    )
 
 
 def _craft(name: str, constructor: Any, job: Job) -> Tensor:
+    from robbench.estimator import Estimator, ProbabilityEstimator  # they import ART
+
     values = _arguments(name, constructor, job)
     probable = name in _PROBABILITIES or values.get("attacker") == "newtonfool"
-    estimator = (_Probabilities if probable else Estimator)(job.access)
+    estimator = (ProbabilityEstimator if probable else Estimator)(job.access)
     labels = job.y if job.target is None else job.target
     one_hot = F.one_hot(labels, job.access.deployed.labels).float().cpu().numpy()
     with _mended(name):

@@ -17,9 +17,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from robbench.access import Access
 from robbench.attacks import attack, choose_targets
 from robbench.attacks.losses import choose
-from robbench.estimator import Access, Loss, random_state, set_random_state
+from robbench.randomness import random_state, set_random_state
+from robbench.rules import Loss
 from robbench.threat import Eps, Norm, Threat, ascend, project, random_start
 
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")

@@ -19,9 +19,10 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from torch import Generator, Tensor
 
+from robbench.access import Access
 from robbench.attacks import Attack, Needs, choose_targets
 from robbench.errors import InputError
-from robbench.estimator import Access, sandboxed
+from robbench.randomness import sandboxed
 from robbench.threat import Eps, Norm, Threat, parse_eps
 
 _HANDLES = ("self", "model", "classifier", "estimator", "estimator_orig", "summary_writer")

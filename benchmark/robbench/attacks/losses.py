@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from robbench.access import Access
 from robbench.errors import InputError, unknown
-from robbench.estimator import Access, Draw, Loss
+from robbench.rules import Draw, Loss
 
 ScoreLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

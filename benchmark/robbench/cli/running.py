@@ -68,8 +68,9 @@ def run_command(**options: Any) -> None:
     robbench run --grid grid.yaml
     """
     _check_options()
-    check_installation()
     blocks = _blocks(options)
+    if any("torchattacks:" in attack for block in blocks for attack in block.attack):
+        check_installation()  # torchattacks imports torchvision, which costs a second: see below
     from robbench.cli.terminal import Console
     from robbench.executors import measure
     from robbench.records import Store
@@ -82,6 +83,8 @@ def run_command(**options: Any) -> None:
     store.check_writable()
     known = {cell.id: store.get(cell) for cell in cells}
     missing = [cell for cell in cells if known[cell.id] is None]
+    if missing:
+        check_installation()
     console = Console(quiet=options["quiet"] or options["as_json"])
     workers = options["workers"] or os.cpu_count() or 1
     with console.progress(missing, shared) as progress:
@@ -90,7 +93,7 @@ def run_command(**options: Any) -> None:
             progress.record(record)
     found = [record for record in known.values() if record is not None]
     made: list[Row] = rows(found)
-    for name in dict.fromkeys(cell.dataset for cell in cells):
+    for name in dict.fromkeys(cell.dataset for cell in missing):
         write_board(store, name)
     if options["as_json"]:
         from robbench.tables import flat

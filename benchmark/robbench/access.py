@@ -1,0 +1,218 @@
+"""All that an attack gets of a defense: scores and gradients over draws, counted.
+
+Draws, EOT, counting of passes and memory are solved here once, for every defense and attack.
+Symbols: S draws, M members, N images, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robbench.deployed import Deployed, join
+from robbench.randomness import random_state, set_random_state
+from robbench.rules import Draw, Loss
+
+
+class Step(NamedTuple):
+    """What one gradient evaluation tells, per image; from the same draws."""
+
+    loss: Tensor  # (N,)
+    gradient: Tensor  # the shape of x
+    lost: Tensor  # (N,) share of draws and members, or of decisions, that the defense lost
+
+
+@dataclass
+class Cost:
+    """Passes of single images through single networks, and queries of the whole defense."""
+
+    forwards: int = 0
+    backwards: int = 0
+    queries: int = 0
+
+
+class Access(nn.Module):
+    """All that an attack gets of a defense, by setting; counts what it uses.
+
+    draws: EOT draws behind every forward pass and gradient (1 = one draw of all members).
+    gradients: False for query access: forward() then carries no gradient.
+    loss: what the attacker maximises by default; None leaves the choice to the attack.
+    own: False where the answers come from an oracle, so that a broken example says nothing yet.
+    """
+
+    def __init__(
+        self,
+        deployed: Deployed,
+        *,
+        draws: int = 1,
+        gradients: bool = True,
+        loss: Loss | None = None,
+        own: bool = True,
+    ) -> None:
+        super().__init__()
+        self.deployed, self.gradients, self.loss, self.own = deployed, gradients, loss, own
+        self.draws = draws if deployed.stochastic else 1
+        self.cost = Cost()
+        self.trace: dict[str, np.ndarray] = {}
+        self.report: Callable[[int, int], None] = lambda done, total: None  # progress of an attack
+        self.training = False
+
+    @property
+    def exact(self) -> bool:
+        """One pass tells the truth about the defense itself: nothing is random, no oracle."""
+        return self.own and not self.deployed.stochastic
+
+    @property
+    def device(self) -> torch.device:
+        return self.deployed.device
+
+    def train(self, mode: bool = True) -> Access:
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Access:
+        """Stays where it is: libraries that know cpu and cuda only must not move the defense,
+        neither by to() nor by the to() of a module around it."""
+        return self
+
+    def count(self, n: int, draws: int, backwards: bool = False) -> None:
+        passes = n * draws * len(self.deployed.members)
+        if backwards:
+            self.cost.backwards += passes
+        else:
+            self.cost.forwards += passes
+            self.cost.queries += n * draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) of any float type -> (N, L) scores of the rule over the draws."""
+        inner = x.to(self.device, torch.float32).contiguous()
+        with torch.set_grad_enabled(self.gradients and torch.is_grad_enabled()):
+            scores = self.scores(inner)
+        if scores.requires_grad:
+            scores.register_hook(lambda _: self.count(len(x), self.draws, backwards=True))
+        return scores.to(x.device)
+
+    def scores(self, x: Tensor) -> Tensor:
+        def run() -> Tensor:
+            parts = []
+            for xs in x.split(self.deployed.chunk):
+                sizes = self.deployed.slices(len(xs), self.draws)
+                parts.append(join([self.deployed.sample(xs, size) for size in sizes], dim=0))
+            return self.deployed.rule.scores(join(parts, dim=2))
+
+        self.count(len(x), self.draws)
+        return self.deployed.retried(run)
+
+    def score_loss(self, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Loss:
+        """A loss on scores (N, L), averaged over draws the way the decision rule averages."""
+        return lambda draw, y, target: loss(self.deployed.rule.scores(draw), y, target)
+
+    def gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None = None) -> Step:
+        """The loss over fresh draws and its gradient by x, exact in the memory of one pass.
+
+        All draws are first made without gradient, the loss is differentiated by their logits, and
+        each pass is replayed from its own random state; a single pass needs no replay.
+        RuntimeError where the setting gives no gradients.
+        """
+        if not self.gradients:
+            raise RuntimeError("the setting blackbox gives no gradients, only answers to queries")
+
+        def run() -> Step:
+            parts = [
+                self._gradient(xs, ys, loss, ts)
+                for xs, ys, ts in _batches(x, y, target, self.deployed.chunk)
+            ]
+            return Step(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+        return self.deployed.retried(run)
+
+    def _gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None) -> Step:
+        x = x.detach().requires_grad_()
+        needs_features = getattr(loss, "features", False)
+        slices = self.deployed.slices(len(x), self.draws)
+        self.count(len(x), self.draws)
+        self.count(len(x), self.draws, backwards=True)
+        if len(slices) == 1 or not self.deployed.stochastic:
+            draw = self.deployed.sample(x, self.draws, needs_features)
+            values = loss(draw, y, target)
+            lost = self._lost(draw, y, target)
+            return Step(values.detach(), torch.autograd.grad(values.sum(), x)[0], lost)
+        if getattr(loss, "per_draw", False):
+            return self._summed(x, y, loss, target, slices)
+        states, draws = [], []
+        with torch.no_grad():
+            for size in slices:
+                states.append(random_state(self.device))
+                draws.append(self.deployed.sample(x, size, needs_features))
+        after = random_state(self.device)
+        leaf = _detached(join(draws, dim=0))
+        values = loss(leaf, y, target)
+        by_draw = torch.autograd.grad(values.sum(), [t for t in leaf if t is not None])
+        self.count(len(x), self.draws)
+        total, start = torch.zeros_like(x), 0
+        for size, state in zip(slices, states, strict=True):
+            set_random_state(self.device, state)
+            outputs = [t for t in self.deployed.sample(x, size, needs_features) if t is not None]
+            weights = [part[start : start + size] for part in by_draw]
+            total += torch.autograd.grad(outputs, x, weights)[0]
+            start += size
+        set_random_state(self.device, after)
+        return Step(values.detach(), total, self._lost(leaf, y, target))
+
+    def _summed(
+        self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, slices: list[int]
+    ) -> Step:
+        """The same for a loss that is a mean over draws: pass by pass, without a replay."""
+        total = Step(torch.zeros_like(x[:, 0, 0, 0]), torch.zeros_like(x), torch.zeros(()))
+        for size in slices:
+            draw = self.deployed.sample(x, size, getattr(loss, "features", False))
+            values = loss(draw, y, target)
+            share = size / self.draws
+            gradient = torch.autograd.grad(values.sum(), x)[0]
+            lost = self._lost(draw, y, target)
+            total = Step(
+                total.loss + share * values.detach(),
+                total.gradient + share * gradient,
+                total.lost.to(lost) + share * lost,
+            )
+        return total
+
+    @torch.no_grad()
+    def _lost(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        """Share of draws and members that miss the label y (targeted: that say the target); of a
+        defense that is exact, whether its decision does."""
+        if self.exact:
+            labels = self.deployed.rule.decide(draw)[None, None]
+        else:
+            labels = draw.logits.argmax(dim=-1)  # (S, M, N)
+        return (labels != y if target is None else labels == target).float().mean(dim=(0, 1))
+
+    @torch.no_grad()
+    def judge(
+        self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, draws: int
+    ) -> tuple[Tensor, Tensor]:
+        """(share of draws lost (N,), loss (N,)) at x; a deterministic defense is asked once."""
+        draws = draws if self.deployed.stochastic else 1
+        self.count(len(x), draws)
+        draw = self.deployed.draw(x, draws, getattr(loss, "features", False))
+        return self._lost(draw, y, target), loss(draw, y, target)
+
+
+def _detached(draw: Draw) -> Draw:
+    hidden = draw.features
+    return Draw(
+        draw.logits.detach().requires_grad_(),
+        None if hidden is None else hidden.detach().requires_grad_(),
+    )
+
+
+def _batches(
+    x: Tensor, y: Tensor, target: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        yield x[part], y[part], None if target is None else target[part]

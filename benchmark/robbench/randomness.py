@@ -1,0 +1,93 @@
+"""Random streams, and code of others that must leave everything as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def random_state(device: torch.device) -> tuple[Any, ...]:
+    """The state of every stream that a module on this device may draw from."""
+    accelerator = None
+    if device.type == "cuda":
+        accelerator = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        accelerator = torch.mps.get_rng_state()
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), accelerator
+
+
+def set_random_state(device: torch.device, state: tuple[Any, ...]) -> None:
+    python, numpy_state, cpu, accelerator = state
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(cpu)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(accelerator, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(accelerator)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's global streams: libraries draw from all three."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Global random streams are the caller's again afterwards, whatever happened inside."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+@dataclass
+class _Snapshot:
+    """Modes, buffers and parameter gradients of every sub-module."""
+
+    module: nn.Module
+    modes: dict[str, bool] = field(init=False)
+    buffers: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modes = {name: m.training for name, m in self.module.named_modules()}
+        self.buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+
+    def restore(self) -> None:
+        for name, module in self.module.named_modules():
+            module.training = self.modes.get(name, module.training)
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(self.buffers[name])
+        for parameter in self.module.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def sandboxed(module: nn.Module, seed: int) -> Iterator[None]:
+    """Run foreign code: own random streams and working directory, the module as it was before."""
+    snapshot, here = _Snapshot(module), Path.cwd()
+    with preserved_random_state(), tempfile.TemporaryDirectory() as private:
+        seed_everything(seed)
+        os.chdir(private)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+            snapshot.restore()
