@@ -434,8 +434,8 @@ def test_seeds_are_cells_of_their_own(robbench, folder):
     _, out, _ = robbench(*RUN, "--seeds", "2", *SERIAL, "--json", "--out", folder)
     assert [(row["eps"], row["seed"]) for row in json.loads(out)] == [
         ("0.02", 0),
-        ("0.02", 1),
         ("0.04", 0),
+        ("0.02", 1),
         ("0.04", 1),
     ]
 

@@ -133,7 +133,7 @@ def test_a_vote_decides_image_by_image():
     assert Vote().decide(Draw(torch.cat(draws, dim=2))).tolist() == [0, ABSTAIN, 2]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_one_draw_of_one_member_scores_its_logits_bit_for_bit(rule, digits):
     network = classifier(0)
     deployed = deploy(network, rule=rule)

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 
 from robbench.errors import InputError
 from robbench.grid import Cell, Setting
-from robbench.records import Record, Store, read
+from robbench.records import Record, Store, _decode, read
 from robbench.threat import Threat
 
 N = 3
@@ -240,3 +240,12 @@ def test_a_folder_without_permission_is_found_before_any_work(store, monkeypatch
 def test_a_writable_folder_is_left_without_traces(store):
     store.check_writable()
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
+
+
+def test_an_array_is_not_unpacked_beyond_its_shape():
+    """A few bytes that would become gigabytes; a record may come from a stranger."""
+    bomb = base64.b64encode(zlib.compress(bytes(10**7))).decode()
+    with pytest.raises(ValueError, match="not those of shape"):
+        _decode({"dtype": "|u1", "shape": [3], "zlib": bomb})
+    with pytest.raises(ValueError, match="is not read"):
+        _decode({"dtype": "|u1", "shape": [10**12], "zlib": bomb})

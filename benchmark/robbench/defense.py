@@ -161,6 +161,17 @@ def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
     )
 
 
+def version_of(text: str | Spec) -> str:
+    """The versions of all that a spec is made of: those of `A & B` joined, a base's behind `<`
+    once it is not the first."""
+    parts = []
+    for configured in resolve(text):
+        base = configured.base_spec()
+        below = version_of(base) if base else "1"
+        parts.append(f"{configured.version}<{below}" if below != "1" else str(configured.version))
+    return "&".join(parts)
+
+
 @lru_cache
 def shown(text: str, dataset: str) -> str:
     """The spec as a user of the dataset writes it: without what its preset `quick` sets anyway.

@@ -127,13 +127,18 @@ class Deployed(nn.Module):
         return self.retried(run)
 
     def decide(self, x: Tensor, times: int) -> Tensor:
-        """(times, N) labels of independent calls of the whole defense, ABSTAIN = -1."""
+        """(times, N) labels of independent calls of the whole defense, ABSTAIN = -1.
+
+        FloatingPointError where a logit is NaN: no label follows from it.
+        """
         # a call of a vote over many members is one entry: groups bound the logits that are held
         group = max(1, 64 // self.draws)
         decisions = []
         for start in range(0, times, group):
             count = min(group, times - start)
             logits = self.draw(x, count * self.draws).logits
+            if bool(logits.isnan().any()):
+                raise FloatingPointError("the defense answers with NaN logits")
             decisions += [self.rule.decide(Draw(part)) for part in logits.split(self.draws)]
         return torch.stack(decisions)
 

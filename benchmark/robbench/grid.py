@@ -315,7 +315,7 @@ class _Target(BaseModel):
         stochastic = any(part.stochastic for part in parts)
         return cls(
             text=str(spec),
-            version="&".join(str(part.version) for part in parts),
+            version=defenses.version_of(spec),
             stochastic=stochastic,
             adaptive=stochastic or any(part.losses for part in parts),
         )

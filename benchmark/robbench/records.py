@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from robbench.errors import InputError
 from robbench.grid import Cell
 
 SCHEMA = 1
+LARGEST = 2**28  # bytes of one array
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:
@@ -44,7 +46,14 @@ def _decode(value: object) -> np.ndarray:
         dtype = np.dtype(value["dtype"])
         if dtype.kind not in "biuf":
             raise ValueError(f"arrays of {dtype} are not read")
-        raw = zlib.decompress(base64.b64decode(value["zlib"], validate=True))
+        size = math.prod(value["shape"]) * dtype.itemsize
+        if not 0 <= size <= LARGEST:
+            raise ValueError(f"an array of shape {value['shape']} is not read")
+        # a record may come from a stranger: no more is unpacked than the shape says
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(base64.b64decode(value["zlib"], validate=True), size + 1)
+        if len(raw) != size or not unpacker.eof:
+            raise ValueError(f"the bytes of an array are not those of shape {value['shape']}")
         return np.frombuffer(raw, dtype).reshape(value["shape"])
     except (TypeError, zlib.error) as error:
         raise ValueError(str(error)) from None

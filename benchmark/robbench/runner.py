@@ -254,10 +254,10 @@ def _score(
     """(N,) uint8 counts of right and of wrong-and-accepted answers in fresh draws."""
     with preserved_random_state():
         seed_everything(seed)
-        answers = target.deployed.decide(x.float(), draws)
-        logits = target.deployed.draw(x.float(), 1).logits
-    if bool(logits.isnan().any()):
-        raise Violation("the defense answers with NaN logits")
+        try:
+            answers = target.deployed.decide(x.float(), draws)
+        except FloatingPointError as error:
+            raise Violation(str(error)) from None
     right = (answers == y).sum(dim=0)
     wrong = ((answers != y) & (answers != ABSTAIN)).sum(dim=0)
     return right.cpu().numpy().astype(np.uint8), wrong.cpu().numpy().astype(np.uint8)

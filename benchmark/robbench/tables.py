@@ -12,13 +12,13 @@ from tabulate import tabulate
 
 from robbench.defense import resolve, shown
 from robbench.errors import InputError
-from robbench.grid import Cell
+from robbench.grid import MODEL, Cell
 from robbench.metrics import Measure, Metrics, metrics, persistent
 from robbench.records import Record
 from robbench.threat import NORM_NAMES, format_eps
 
 FOOTNOTE = (
-    "Each share stands above its 95 % interval over images: Wilson or Clopper-Pearson for"
+    "Each share has its 95 % interval over images in brackets: Wilson or Clopper-Pearson for"
     " deterministic defenses; for stochastic ones Wilson at the effective sample size of the"
     " per-image means, BCa bootstrap below 200 images. The interval covers the sampling of images"
     " only: an accuracy under attack is an upper bound on the true robustness. RA@10 is the share"
@@ -58,13 +58,13 @@ def _order(row: Row) -> tuple[object, ...]:
         cell.threat.target != "none",
         str(cell.threat.target),
         cell.n,
+        cell.train_seed,
+        cell.seed,
         cell.defense,
         kinds.index(cell.setting.kind),
         cell.setting.oracle or "",
         cell.setting.eot,
         cell.threat.eps or 0,
-        cell.train_seed,
-        cell.seed,
         cell.id,
     )
 
@@ -108,8 +108,8 @@ def deterministic(row: Row) -> bool:
 def _own_loss(defense: str) -> bool:
     try:
         return any(part.losses for part in resolve(defense))
-    except InputError:  # a model of the caller, a plugin that is not installed
-        return False
+    except InputError:  # a plugin that is not installed; a model of the caller may have one
+        return defense.startswith(MODEL)
 
 
 def tried(record: Record) -> Measure:
@@ -118,12 +118,14 @@ def tried(record: Record) -> Measure:
 
 
 def groups(made: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows under a heading each: norm, attack and n."""
+    """Rows under a heading each: attack, norm, n, and seeds that are not 0."""
 
     def heading(row: Row) -> str:
         cell = row.cell
         target = "" if cell.threat.target == "none" else f", target {cell.threat.target}"
-        return f"{cell.attack}, {cell.threat.norm}{target}, n = {cell.n}"
+        seeds = f", train seed {cell.train_seed}" if cell.train_seed else ""
+        seeds += f", seed {cell.seed}" if cell.seed else ""
+        return f"{cell.attack}, {cell.threat.norm}{target}, n = {cell.n}{seeds}"
 
     return [(title, list(group)) for title, group in groupby(made, heading)]
 

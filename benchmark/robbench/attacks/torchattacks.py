@@ -195,7 +195,7 @@ TABLE: dict[str, Traits] = {
         " surrogates and use the transfer setting"
     ),
     "MultiAttack": Traits(
-        refusal="is a list of other attacks; run them one by one, the union is counted for you"
+        refusal="is a list of other attacks; run them one by one"
     ),
 }  # fmt: skip
 _MAPPED = ("Jitter", "UPGD")  # these need the true labels next to the targets

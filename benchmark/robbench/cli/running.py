@@ -300,21 +300,16 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
 def _check_identity(cell: Cell, shared: Shared) -> None:
     """A record of other data or of another version cannot be re-run, only contradicted."""
     from robbench.attacks import Configured
+    from robbench.defense import version_of
 
     data = shared.dataset(cell.dataset).hash[:16]
     if data != cell.data:
         raise InputError(f"the data differ: {cell.dataset} has the hash {data}, not {cell.data}")
-    now = (_version(cell.defense), Configured.of(cell.attack).entry.version)
+    now = (version_of(cell.defense), Configured.of(cell.attack).entry.version)
     oracle = cell.setting.oracle
     if now != (cell.defense_version, cell.attack_version) or (
-        oracle is not None and _version(oracle) != cell.setting.oracle_version
+        oracle is not None and version_of(oracle) != cell.setting.oracle_version
     ):
         raise InputError(
             f"another version of {cell} was recorded: what it is made of gives other numbers now"
         )
-
-
-def _version(spec: str) -> str:
-    from robbench.defense import resolve
-
-    return "&".join(str(part.version) for part in resolve(spec))
