@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from robbench.defense import Defense, defense
-from robbench.training import Adversarial, AdversarialSpec
+from robbench.training import CIFAR_RECIPE, Adversarial, AdversarialSpec
 
 
 @defense("pgd-at")
@@ -24,20 +24,8 @@ class PGDAdversarialTraining(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},
-        # paper 000, section 3.1: 10 steps of 2/255 in the ball of 8/255, 200 epochs, lr / 10 at
-        # epochs 80, 120 and 160
-        "paper": {
-            "network": "resnet20",
-            "adversarial": "pgd(eps=8/255, step=2/255, steps=10)",
-            "epochs": 200,
-            "batch_size": 128,
-            "optimizer": "sgd",
-            "lr": 0.1,
-            "schedule": "steps",
-            "weight_decay": 5e-4,
-            "crop": 4,
-            "flip": True,
-        },
+        # paper 000, section 3.1: 10 steps of 2/255 in the ball of 8/255
+        "paper": {**CIFAR_RECIPE, "adversarial": "pgd(eps=8/255, step=2/255, steps=10)"},
     }
 
     epochs: Annotated[int, Field(ge=1)] = 20

@@ -335,3 +335,10 @@ def broken_forward(access, x):
     for module in access.deployed.members.modules():
         module.training = not module.training
     raise RuntimeError("simulated")
+
+
+def test_a_class_without_its_library_is_named_with_it():
+    with pytest.raises(InputError, match="did you mean torchattacks:APGD?"):
+        find("APGD")
+    with pytest.raises(InputError, match="did you mean torchattacks:AutoAttack or art:AutoAttack?"):
+        find("autoattack")

@@ -22,6 +22,7 @@ from robbench.threat import Norm, Threat
 Needs = Literal["gradients", "scores", "labels"]
 Run = Callable[..., Tensor]  # (access, x, y, threat, rng, **settings) -> x'
 R = TypeVar("R", bound=Run)
+LIBRARIES = ("torchattacks", "art")
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,25 @@ def attack(
 def find(name: str) -> Attack:
     """The attack of this name: native, plugin, or a class of a library as `torchattacks:NAME`."""
     library, colon, inner = name.partition(":")
-    if colon and library in ("torchattacks", "art"):
-        adapter = importlib.import_module(f"robbench.attacks.{library}")
-        found: Attack = adapter.find(inner)
+    if colon and library in LIBRARIES:
+        found: Attack = _adapter(library).find(inner)
         return found
+    if name not in registry.attacks and (alike := _in_libraries(name)):
+        raise InputError(f"unknown attack {name!r}; did you mean {' or '.join(alike)}?")
     entry = registry.attacks.get(name)
     if not isinstance(entry, Attack):  # a plugin's bare function
         entry = Attack(name, entry, frozenset({"linf", "l2", "l1"}))
     return entry
+
+
+def _adapter(library: str) -> Any:
+    return importlib.import_module(f"robbench.attacks.{library}")
+
+
+def _in_libraries(name: str) -> list[str]:
+    """The full names of the libraries' classes that are called so."""
+    names = [(library, inner) for library in LIBRARIES for inner in _adapter(library).names()]
+    return [f"{library}:{inner}" for library, inner in names if inner.lower() == name.lower()]
 
 
 @dataclass(frozen=True)
