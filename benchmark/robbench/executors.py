@@ -246,7 +246,12 @@ class _Pool:
                 return
             report(by_id[task_id], done, total)
 
+    def finish(self) -> None:
+        """Let idle workers end by themselves, so that what libraries hold in them is released."""
+        self.executor.shutdown(wait=True)
+
     def close(self) -> None:
+        """End workers that may be busy or stuck."""
         for process in list((getattr(self.executor, "_processes", None) or {}).values()):
             process.terminate()
         self.executor.shutdown(wait=True, cancel_futures=True)
@@ -340,5 +345,6 @@ def _parallel(
                 pool.close()
                 pool = _Pool(workers, shared)
                 yield from todo.died(lost)
+        pool.finish()
     finally:
         pool.close()

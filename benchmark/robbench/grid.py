@@ -357,7 +357,9 @@ def read_blocks(path: Path) -> list[Block]:
 def invalid(error: ValidationError) -> Iterator[str]:
     """What is wrong with a block, a line for each key."""
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if part not in ("", "[key]"))
+        # the message quotes the item, its number in the list would only puzzle
+        place = [part for part in problem["loc"] if isinstance(part, str)]
+        key = ".".join(part for part in place if part not in ("", "[key]"))
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             yield str(unknown("key", key, Block.model_fields))
