@@ -269,6 +269,9 @@ class FakePool:
     def drain(self, by_id, report):
         pass
 
+    def release(self):
+        assert not self.running and not self.broken
+
     def close(self):
         pass
 

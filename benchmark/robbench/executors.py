@@ -246,7 +246,7 @@ class _Pool:
                 return
             report(by_id[task_id], done, total)
 
-    def finish(self) -> None:
+    def release(self) -> None:
         """Let idle workers end by themselves, so that what libraries hold in them is released."""
         self.executor.shutdown(wait=True)
 
@@ -345,6 +345,6 @@ def _parallel(
                 pool.close()
                 pool = _Pool(workers, shared)
                 yield from todo.died(lost)
-        pool.finish()
+        pool.release()
     finally:
         pool.close()
