@@ -62,10 +62,15 @@ def _line(pair: Pair, p: float, holm: float) -> list[str]:
         both(lambda cell: cell.setting),
         f"{100 * a.mean():.1f}",
         f"{100 * b.mean():.1f}",
-        f"{100 * difference:+.1f} ({100 * interval.low:+.1f}..{100 * interval.high:+.1f})",
+        f"{_points(difference)} ({_points(interval.low)}..{_points(interval.high)})",
         f"{p:.2g}",
         f"{holm:.2g}",
     ]
+
+
+def _points(share: float) -> str:
+    """A signed number of percentage points, never -0.0."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
 
 
 def _record(path: Path) -> Record:
