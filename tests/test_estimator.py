@@ -664,3 +664,34 @@ def test_streams_are_given_back_also_after_an_error():
         random.random(), np.random.rand(), torch.rand(1)
         raise RuntimeError
     assert streams() == before
+
+
+class Either(nn.Module):
+    """One of two answers for a whole call, by a stream of the caller's choice."""
+
+    def __init__(self, toss):
+        super().__init__()
+        self.toss = toss
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10] * (1 if self.toss() else -1)
+
+
+@pytest.mark.parametrize(
+    "toss",
+    [lambda: torch.rand(()) < 0.2, lambda: random.random() < 0.5, lambda: np.random.rand() < 0.5],
+    ids=["torch", "python", "numpy"],
+)
+def test_a_choice_that_is_made_once_per_call_is_seen(toss):
+    deployed = Deployed(nn.ModuleList([Either(toss)]), MeanLogits(), (1, 8, 8), 10)
+    assert deployed.randomness == ["call"]
+
+
+def test_weights_that_foreign_code_writes_are_put_back():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    deployed = Deployed(nn.ModuleList([network]), MeanLogits(), (1, 8, 8), 10)
+    before = [parameter.clone() for parameter in network.parameters()]
+    with sandboxed(deployed, 0):
+        for parameter in network.parameters():
+            parameter.data.zero_()
+    assert all(map(torch.equal, before, network.parameters()))

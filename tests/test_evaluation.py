@@ -14,6 +14,7 @@ from torch import nn
 
 import robbench
 from robbench import datasets
+from robbench.attacks.losses import Votes
 from robbench.records import Store
 from robbench.rules import MeanLogits, Vote
 
@@ -380,3 +381,30 @@ def test_every_public_name_exists(name):
 def test_other_names_do_not():
     with pytest.raises(AttributeError, match="no attribute 'evaluat'"):
         robbench.evaluat  # noqa: B018
+
+
+class Shift(nn.Module):
+    """A layer whose number is neither a weight nor in its repr."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x + self.by
+
+
+def test_a_name_tells_attributes_and_losses_apart(network, digits):
+    def loss(kappa):
+        return lambda draw, y, target: draw.logits.mean(dim=(0, 1)).sum(dim=1) * kappa
+
+    made = [
+        robbench.deploy(nn.Sequential(Shift(0.0), network).eval(), digits, device="cpu"),
+        robbench.deploy(nn.Sequential(Shift(0.1), network).eval(), digits, device="cpu"),
+        robbench.deploy(network, digits, loss=loss(1.0), device="cpu"),
+        robbench.deploy(network, digits, loss=loss(-1.0), device="cpu"),
+        robbench.deploy(network, digits, loss=Votes(1.0), device="cpu"),
+        robbench.deploy(network, digits, loss=Votes(50.0), device="cpu"),
+    ]
+    result = robbench.evaluate(made, attack="fgsm", eps=0.1, n=10, setting="whitebox", device="cpu")
+    assert len({record.cell.defense for record in result.records}) == len(made)

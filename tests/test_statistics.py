@@ -125,6 +125,19 @@ def test_mean_covers_as_promised(center: float, concentration: float) -> None:
     assert coverage == pytest.approx(0.95, abs=0.015)
 
 
+@pytest.mark.parametrize("n", [100, 500])
+def test_rare_images_are_not_promised_away(n: int) -> None:
+    """What a strong attack leaves: nearly all images at 0, a few survivors at 1, some at 1 / 20."""
+    rng = np.random.default_rng(7)
+    kind = rng.random((2000, n))
+    tables = np.where(kind < 0.003, 1.0, np.where(kind < 0.023, 0.05, 0.0))
+    coverage = np.mean([covers(statistics.mean(shares), 0.004) for shares in tables])
+    assert coverage > 0.94
+    one = np.zeros(n)
+    one[0] = 0.05
+    assert statistics.mean(one).high > 0.8 * statistics.proportion(0, n).high
+
+
 def test_mean_of_small_samples_covers_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 999)  # enough here, and ten times as fast
     tables = beta_binomial(0.4, 1.0, 20, (1000, 80), seed=1)

@@ -12,10 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robbench.randomness import preserved_random_state, random_state, set_random_state
+from robbench.randomness import (
+    preserved_random_state,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
 from robbench.rules import Draw, Rule
 
 Randomness = Literal["none", "image", "call"]
+PROBES = 16  # a coin tossed in every pass goes unseen once in 30,000 times
 
 
 def images_at_once(shape: tuple[int, int, int]) -> int:
@@ -60,22 +66,23 @@ class Deployed(nn.Module):
 
     @torch.no_grad()
     def _probe(self, member: nn.Module) -> Randomness:
-        """Two passes over four copies of one image: do passes differ, do copies differ?"""
+        """Passes over four copies of one image: do passes differ, do copies differ?"""
         with preserved_random_state():
-            torch.manual_seed(0)
+            seed_everything(0)
             x = torch.rand(1, *self.shape).expand(4, *self.shape).contiguous().to(self.device)
-            first, second = member(x), member(x)
+            first, *later = (member(x) for _ in range(PROBES))
 
         def same(a: Tensor, b: Tensor) -> bool:
             # logits that are not numbers are the judge's business, cell by cell
             slack = 1e-4 * float(first.nan_to_num().abs().max().clamp_min(1e-6))
             return torch.allclose(a, b, rtol=0, atol=slack, equal_nan=True)
 
-        if same(first, second):
+        if all(same(first, other) for other in later):
             return "none"
         if any(getattr(module, "per_batch", False) for module in member.modules()):
             return "call"  # images of a batch depend on each other: draws must not be batched too
-        return "call" if same(first[:1].expand_as(first), first) else "image"
+        alike = all(same(each[:1].expand_as(each), each) for each in (first, *later))
+        return "call" if alike else "image"
 
     def sample(self, x: Tensor, draws: int, features: bool = False) -> Draw:
         """S fresh draws of all members; one forward pass carries many draws where it may."""
@@ -129,7 +136,7 @@ class Deployed(nn.Module):
     def decide(self, x: Tensor, times: int) -> Tensor:
         """(times, N) labels of independent calls of the whole defense, ABSTAIN = -1.
 
-        FloatingPointError where a logit is NaN: no label follows from it.
+        FloatingPointError where a logit is NaN or +inf: no label follows from it.
         """
         # a call of a vote over many members is one entry: groups bound the logits that are held
         group = max(1, 64 // self.draws)
@@ -137,7 +144,7 @@ class Deployed(nn.Module):
         for start in range(0, times, group):
             count = min(group, times - start)
             logits = self.draw(x, count * self.draws).logits
-            if bool(logits.isnan().any()):
+            if bool((logits.isnan() | logits.isposinf()).any()):
                 raise FloatingPointError("the defense answers with NaN logits")
             decisions += [self.rule.decide(Draw(part)) for part in logits.split(self.draws)]
         return torch.stack(decisions)

@@ -199,9 +199,10 @@ def _name(
         _called(rule),
         vars(rule),
         trained.deployed.draws,
-        loss and _called(loss),
+        loss and (_called(loss), _state(loss)),
         members,
         modes,
+        [(_called(module), _state(module)) for module in members.modules()],
     )
     digest = hashlib.sha256(" ".join(map(str, parts)).encode())
     for key, tensor in members.state_dict().items():
@@ -211,6 +212,18 @@ def _name(
     name = f"{MODEL}{kinds}:{digest.hexdigest()[:12]}"
     models[name] = trained
     return name
+
+
+def _state(thing: object) -> list[object]:
+    """What a layer or a loss holds beside its weights: plain attributes; a function's code and
+    what it encloses."""
+    code = getattr(thing, "__code__", None)
+    if code is not None:
+        enclosed = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+        return [code.co_code.hex(), code.co_consts, enclosed, getattr(thing, "__defaults__", None)]
+    plain = (bool, int, float, str, tuple)
+    held = sorted(vars(thing).items()) if hasattr(thing, "__dict__") else []
+    return [(key, value) for key, value in held if key[0] != "_" and isinstance(value, plain)]
 
 
 def _called(thing: object) -> str:

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -141,12 +141,20 @@ def measure(
             collected = parts[part.cell.id]
             collected.append(part)
             if len(collected) == sizes[part.cell.id]:
-                record = merge(parts.pop(part.cell.id), shared)
+                record = _merged(parts.pop(part.cell.id), shared)
                 if store:
                     store.put(record)
                 yield record
     if mistakes:
         raise InputError("; ".join(dict.fromkeys(mistakes)))
+
+
+def _merged(parts: Sequence[Part], shared: Shared) -> Record:
+    """The record of all shards; what does not fit together fails its cell and no other."""
+    try:
+        return merge(parts, shared)
+    except Exception as error:
+        return merge([replace(part, reason=_reason(error)) for part in parts], shared)
 
 
 def perform(task: Task, shared: Shared, report: Callable[[int, int], None]) -> Outcome:

@@ -48,7 +48,8 @@ def seed_everything(seed: int) -> None:
 def preserved_random_state() -> Iterator[None]:
     """Global random streams are the caller's again afterwards, whatever happened inside."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    # asking a device for its state would start CUDA on every device of the machine
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
@@ -59,24 +60,27 @@ def preserved_random_state() -> Iterator[None]:
 
 @dataclass
 class _Snapshot:
-    """Modes, buffers and parameter gradients of every sub-module."""
+    """Modes, buffers, weights and their gradients, of every sub-module."""
 
     module: nn.Module
     modes: dict[str, bool] = field(init=False)
     buffers: dict[str, Tensor] = field(init=False)
+    weights: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.modes = {name: m.training for name, m in self.module.named_modules()}
         self.buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        self.weights = {n: p.detach().clone() for n, p in self.module.named_parameters()}
 
     def restore(self) -> None:
         for name, module in self.module.named_modules():
             module.training = self.modes.get(name, module.training)
         for name, buffer in self.module.named_buffers():
             buffer.copy_(self.buffers[name])
-        for parameter in self.module.parameters():
+        for name, parameter in self.module.named_parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
+            parameter.copy_(self.weights[name])
 
 
 @contextlib.contextmanager

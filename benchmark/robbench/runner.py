@@ -115,10 +115,13 @@ def run_shard(
     except InputError:
         raise
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split()) or "no message"
-        reason = f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
-        return [Part(cell, shard, reason) for cell in cells]
+        return [Part(cell, shard, _reason(error)) for cell in cells]
+
+
+def _reason(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
 
 
 def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Progress) -> list[Part]:
@@ -152,8 +155,12 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
         part = Part(cell, shard, trace=access.trace, cost=cost)
         try:
             _judge(part, adversarial, x, y, shared, subset, attack.entry.minimal)
+        except InputError:
+            raise
         except Violation as violation:
             part.reason = str(violation)
+        except Exception as error:  # one target that breaks is not the other targets' fault
+            part.reason = _reason(error)
         parts.append(part)
     return parts
 
@@ -190,6 +197,7 @@ def _judge(
     cell, shard = part.cell, part.shard
     target = shared.deploy(cell.defense, shared.dataset(cell.dataset), cell.train_seed)
     lengths = check(adversarial, x, cell.threat, bounded=not minimal)
+    same = (adversarial == x).flatten(1).all(dim=1).cpu().numpy()
     if minimal:  # a point beyond ε is no success at this ε: the attacker hands in x itself
         inside = within(lengths, cell.threat)
         adversarial = torch.where(inside.view(-1, 1, 1, 1), adversarial, x)
@@ -208,7 +216,6 @@ def _judge(
         "clean_err": clean_err,
         "distance": lengths.cpu().numpy().astype(np.float32),
     }
-    same = (adversarial == x).flatten(1).all(dim=1).cpu().numpy()
     part.trace = {**part.trace, "unchanged": same}
     part.provenance = {
         "checkpoints": list(target.keys),
@@ -302,11 +309,14 @@ def choose_device(name: str) -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
     if name not in available:
         raise unknown("device", name, ["auto", *available])
     if not available[name]:
         raise InputError(f"there is no {name} device here; write --device auto or --device cpu")
+    if name == "cuda":  # the same logits in every batch, and in every run
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device(name)
 
 

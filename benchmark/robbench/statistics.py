@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from robbench.errors import InputError
 
+DIFFERING = 10  # images that must differ for a bootstrap to see the spread
 SMALL = 200  # images; below, the mean of shares is too skewed for a normal approximation
 RESAMPLES = 9_999
 BATCH = 1_000_000  # resampled values held at once, 8 MB
@@ -52,25 +53,27 @@ def mean(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
     A share is right draws / draws. Wilson with the effective sample size mean (1 - mean) / SE^2, SE
     = sd / sqrt(N); a BCa bootstrap over images for N < 200. The spread between images already
-    contains the draw noise. On 0/1 shares this is `proportion` with N - 1 images. Shares that are
-    all alike carry no spread to measure: Clopper-Pearson at 0 and 1, else Wilson of N images.
+    contains the draw noise. Shares that are nearly all alike would promise more than N images can
+    show: the spread is that of the sample with one more image of share 0 and one of share 1, and a
+    bootstrap needs ten images that differ. Shares that are all alike: Clopper-Pearson at 0 and 1,
+    else Wilson of N images.
     """
     _check_confidence(confidence)
     shares = _shares(values, "values")
     n, center = len(shares), float(shares.mean())
     if np.all(shares == shares[0]):
         return _alike(float(shares[0]), n, confidence)
-    if n < SMALL:
+    if n < SMALL and _differing(shares) >= DIFFERING:
         return _bca((shares,), np.mean, center, confidence)
-    variance = float(shares.var(ddof=1)) / n
-    return _wilson(center, center * (1 - center) / variance, confidence)
+    return _wilson(center, _effective(shares, np.ones(n)), confidence)
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval of sum(numerator) / sum(denominator), both (N,) shares, the first no larger.
 
     For selective accuracy, sum(ok) / sum(ok + err): Wilson with the effective sample size of the
-    ratio's standard error by the delta method; a BCa bootstrap over images for N < 200. Images
+    ratio's standard error by the delta method; a BCa bootstrap over images for N < 200; both as
+    for `mean` where the shares are nearly all alike. Images
     that were never accepted (denominator 0) add nothing to either sum and are left out, so that no
     resample is undefined. NaN when the denominator is zero everywhere: at zero coverage there is no
     accuracy, and certainly not 100 %.
@@ -87,9 +90,8 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95
     if np.all(each == each[0]):
         return _alike(float(each[0]), len(each), confidence)
     center = float(above.sum() / below.sum())
-    if len(below) >= SMALL:
-        scatter = float((above - center * below).var(ddof=1)) / len(below)
-        return _wilson(center, center * (1 - center) * below.mean() ** 2 / scatter, confidence)
+    if len(below) >= SMALL or _differing(each) < DIFFERING:
+        return _wilson(center, _effective(above, below), confidence)
 
     def share(a: NDArray[Any], b: NDArray[Any], axis: int = -1) -> Any:
         return a.sum(axis=axis) / b.sum(axis=axis)
@@ -222,6 +224,21 @@ def _alike(share: float, n: int, confidence: float) -> Interval:
         if share in (0.0, 1.0)
         else _wilson(share, n, confidence)
     )
+
+
+def _effective(above: NDArray[Any], below: NDArray[Any]) -> float:
+    """How many 0/1 images would leave the ratio of the sums as uncertain as these do: p (1 - p) /
+    SE^2 by the delta method, with one image of share 0 and one of share 1 added."""
+    n = len(above)
+    above, below = np.append(above, (0.0, 1.0)), np.append(below, (1.0, 1.0))
+    center = above.sum() / below.sum()
+    scatter = (above - center * below).var(ddof=1) / n / below.mean() ** 2
+    return float(center * (1 - center) / scatter)
+
+
+def _differing(shares: NDArray[Any]) -> int:
+    """How many images do not have the most frequent share."""
+    return len(shares) - int(np.unique(shares, return_counts=True)[1].max())
 
 
 def _bca(
