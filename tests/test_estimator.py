@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robbench import datasets
-from robbench.access import Access
+from robbench.access import Access, Verdict
 from robbench.attacks.losses import Votes, ce
 from robbench.deployed import Deployed, images_at_once
 from robbench.estimator import Estimator
@@ -369,19 +369,39 @@ def test_a_replay_repeats_what_every_stream_gave(digits):
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_lost_counts_draws_and_members(digits):
+@pytest.mark.parametrize("own", [True, False])
+def test_lost_is_the_decision_and_votes_are_draws_and_members(own, digits):
     x, y = digits
     right, wrong = (Constant(F.one_hot(label, 10).float()) for label in (y, (y + 1) % 10))
-    for members, own, expected in (
-        ([right, wrong, wrong], True, 1),  # decided by the mean: the wrong label
-        ([right, wrong, wrong], False, 2 / 3),  # an oracle: its members are counted
-        ([right], True, 0),
+    for members, rule, lost, votes in (
+        ([right, wrong, wrong], MeanLogits(), 1, 2 / 3),
+        ([right, right, wrong], MeanLogits(), 0, 1 / 3),
+        ([right, wrong], Vote(), 0.5, 1 / 2),  # no answer is half an error
+        ([right], Vote(), 0, 0),
     ):
-        access = Access(deploy(*members), own=own)
+        access = Access(deploy(*members, rule=rule), own=own)
+        verdict = access.judge(x, y, access.score_loss(ce), None, 5)
+        assert verdict.lost.tolist() == [lost] * 16
+        torch.testing.assert_close(verdict.votes, torch.full((16,), float(votes)))
         step = access.gradient(x, y, access.score_loss(ce))
-        torch.testing.assert_close(step.lost, torch.full((16,), float(expected)))
-        judged, _ = access.judge(x, y, access.score_loss(ce), None, 5)
-        torch.testing.assert_close(judged, step.lost)
+        assert torch.equal(step.lost, verdict.lost)
+
+
+def test_lost_counts_calls_of_the_whole_defense(digits):
+    x, y = digits
+    logits = F.one_hot(torch.stack([y, y, y + 1, y, y + 1, y + 1, y + 1]) % 10, 10).float()
+    draw = Draw(logits[:, None])
+    access = Access(deploy(classifier(0, Noise()), rule=Vote(), draws=3), draws=7)
+    lost = access._lost(draw, y, None)
+    assert lost.tolist() == pytest.approx([2 / 3] * 16)  # right, wrong, and one draw alone: wrong
+
+
+def test_a_verdict_is_worse_by_its_first_difference():
+    rows = [[0, 0, 9], [0, 1, 0], [0, 1, 1], [0.5, 0, 0], [1, 0, 0]]
+    for i, low in enumerate(rows):
+        for j, high in enumerate(rows):
+            one, other = (Verdict(*torch.tensor(row).split(1)) for row in (high, low))
+            assert bool(one.worse_than(other)) == (j > i)
 
 
 class Constant(nn.Module):

@@ -71,8 +71,8 @@ def access(network):
     return access_to(network)
 
 
-def access_to(*members, rule=None, **options):
-    deployed = Deployed(nn.ModuleList(members), rule or MeanLogits(), SHAPE, 10)
+def access_to(*members, rule=None, per_call=1, **options):
+    deployed = Deployed(nn.ModuleList(members), rule or MeanLogits(), SHAPE, 10, per_call)
     return Access(deployed, **options)
 
 
@@ -408,6 +408,45 @@ def test_candidates_meet_the_same_selection_draws(network, digits):
     assert winner.eq(0).all()  # equal points tie on equal draws; on fresh ones half would win
 
 
+class Brightness(nn.Module):
+    """Label 0 above a mean grey of `level`, 1 below it; the logits' distance is `scale`."""
+
+    def __init__(self, level, scale=1.0):
+        super().__init__()
+        self.level, self.scale = level, scale
+
+    def forward(self, x):
+        grey = self.scale * (x.mean(dim=(1, 2, 3)) - self.level)
+        rest = torch.full((len(x), 8), -100.0)
+        return torch.cat([grey[:, None], -grey[:, None], rest], dim=1)
+
+
+def test_an_attack_goes_on_from_no_answer_to_an_error():
+    x, y = torch.full((1, 1, 8, 8), 0.5), torch.tensor([0])
+    access = access_to(Brightness(0.9), Brightness(0.4), rule=Vote())
+    assert access.deployed.decide(x, 1).tolist() == [[-1]]
+    adversarial = craft("bim(steps=4)", access, x, y, Threat(eps=0.2))
+    assert access.deployed.decide(adversarial, 1).tolist() == [[1]]
+
+
+def test_no_answer_is_kept_when_an_error_is_out_of_reach():
+    x, y = torch.full((1, 1, 8, 8), 0.5), torch.tensor([0])
+    access = access_to(Brightness(0.45), Brightness(0.1), rule=Vote())
+    adversarial = craft("bim(steps=4)", access, x, y, Threat(eps=0.2))
+    assert access.deployed.decide(adversarial, 1).tolist() == [[-1]]
+
+
+def test_a_wrong_decision_outweighs_lost_votes_and_loss():
+    y = torch.tensor([0])
+    members = [Brightness(level, 9.0 if level == 0.1 else 1.0) for level in (0.5, 0.5, 0.1)]
+    access = access_to(*members, rule=MeanLogits())
+    votes, decision = (torch.full((1, 1, 8, 8), grey) for grey in (0.45, 0.05))
+    loss = lambda draw, y, target: -draw.logits[0, 2, :, 1]  # noqa: E731  larger at `votes`
+    assert access.judge(votes, y, loss, None, 1).votes == pytest.approx(2 / 3)
+    worst, winner = gradient.worst_of(access, [votes, decision], y, None, loss)
+    assert winner == 1 and torch.equal(worst, decision)
+
+
 def by_hand(rule, logits, y):
     """Cross-entropy (N,) of the mean over draws and members, written out."""
     if rule == "logits":
@@ -415,23 +454,24 @@ def by_hand(rule, logits, y):
     return -logits.softmax(-1).mean((0, 1)).gather(1, y[:, None])[:, 0].log()
 
 
+@pytest.mark.parametrize("per_call", [1, 3, 6], ids="{} draws per call".format)
 @pytest.mark.parametrize(
     ("rule", "mean"),
     [(MeanLogits(), "logits"), (MeanProbabilities(), "softmax"), (Vote(), "softmax")],
     ids=["logits", "probabilities", "vote"],
 )
-def test_eot_gradient_is_that_of_the_mean_of_the_rule(rule, mean, network, digits):
+def test_eot_gradient_is_that_of_the_mean_over_calls(rule, mean, per_call, network, digits):
     x, y = digits
     members = [nn.Sequential(Noise(), network), nn.Sequential(Noise(), classifier(1))]
-    access = access_to(*members, rule=rule, draws=7)
+    access = access_to(*members, rule=rule, draws=6, per_call=per_call)
     torch.manual_seed(5)
     step = access.gradient(x, y, access.score_loss(ce))
     torch.manual_seed(5)
     leaf = x.clone().requires_grad_()
     logits = torch.stack(
-        [member(torch.cat([leaf] * 7)).view(7, len(x), 10) for member in members], dim=1
+        [member(torch.cat([leaf] * 6)).view(6, len(x), 10) for member in members], dim=1
     )
-    losses = by_hand(mean, logits, y)
+    losses = torch.stack([by_hand(mean, call, y) for call in logits.split(per_call)]).mean(dim=0)
     expected = torch.autograd.grad(losses.sum(), leaf)[0]
     torch.testing.assert_close(step.loss, losses.detach())
     torch.testing.assert_close(step.gradient, expected, rtol=1e-4, atol=1e-6)

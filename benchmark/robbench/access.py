@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robbench.deployed import Deployed, join
+from robbench.deployed import Deployed, join, split
 from robbench.randomness import random_state, set_random_state
-from robbench.rules import Draw, Loss
+from robbench.rules import ABSTAIN, Draw, Loss
 
 
 class Step(NamedTuple):
@@ -24,7 +24,22 @@ class Step(NamedTuple):
 
     loss: Tensor  # (N,)
     gradient: Tensor  # the shape of x
-    lost: Tensor  # (N,) share of draws and members, or of decisions, that the defense lost
+    lost: Tensor  # (N,) mean over decisions: 1 for an error, 0.5 for none, 0 for the label
+
+
+class Verdict(NamedTuple):
+    """What a candidate costs the defense, per image (N,); an earlier entry outweighs later ones."""
+
+    lost: Tensor  # as Step.lost
+    votes: Tensor  # share of single draws and members lost
+    loss: Tensor
+
+    def worse_than(self, other: Verdict) -> Tensor:
+        """(N,) bool: this costs the defense more."""
+        worse = torch.zeros_like(self.lost, dtype=torch.bool)
+        for mine, theirs in zip(reversed(self), reversed(other), strict=True):
+            worse = (mine > theirs) | ((mine == theirs) & worse)
+        return worse
 
 
 @dataclass
@@ -108,8 +123,18 @@ class Access(nn.Module):
         return self.deployed.retried(run)
 
     def score_loss(self, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Loss:
-        """A loss on scores (N, L), averaged over draws the way the decision rule averages."""
-        return lambda draw, y, target: loss(self.deployed.rule.scores(draw), y, target)
+        """A loss on scores (N, L) of one call, averaged over draws the way the decision rule
+        averages; then the mean over the calls that the draws make (adaptive.md, A.0)."""
+
+        def over_calls(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+            values = [loss(self.deployed.rule.scores(call), y, target) for call in self.calls(draw)]
+            return torch.stack(values).mean(dim=0) if len(values) > 1 else values[0]
+
+        return over_calls
+
+    def calls(self, draw: Draw) -> list[Draw]:
+        """The draws by calls of the whole defense; too few for one stand for one."""
+        return split(draw, self.deployed.draws)
 
     def gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None = None) -> Step:
         """The loss over fresh draws and its gradient by x, exact in the memory of one pass.
@@ -183,23 +208,23 @@ class Access(nn.Module):
 
     @torch.no_grad()
     def _lost(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-        """Share of draws and members that miss the label y (targeted: that say the target); of a
-        defense that is exact, whether its decision does."""
-        if self.exact:
-            labels = self.deployed.rule.decide(draw)[None, None]
-        else:
-            labels = draw.logits.argmax(dim=-1)  # (S, M, N)
-        return (labels != y if target is None else labels == target).float().mean(dim=(0, 1))
+        """Mean over the calls: 1 for an error, 0.5 for no answer (targeted: 1 for the target)."""
+        calls = self.calls(draw)
+        labels = torch.stack([self.deployed.rule.decide(call) for call in calls])
+        if target is not None:
+            return (labels == target).float().mean(dim=0)
+        unanswered = (labels == ABSTAIN).float().mean(dim=0)
+        return (labels != y).float().mean(dim=0) - unanswered / 2
 
     @torch.no_grad()
-    def judge(
-        self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, draws: int
-    ) -> tuple[Tensor, Tensor]:
-        """(share of draws lost (N,), loss (N,)) at x; a deterministic defense is asked once."""
+    def judge(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, draws: int) -> Verdict:
+        """What x costs the defense over so many draws; a deterministic one is asked once."""
         draws = draws if self.deployed.stochastic else 1
         self.count(len(x), draws)
         draw = self.deployed.draw(x, draws, getattr(loss, "features", False))
-        return self._lost(draw, y, target), loss(draw, y, target)
+        labels = draw.logits.argmax(dim=-1)  # (S, M, N)
+        votes = (labels != y if target is None else labels == target).float().mean(dim=(0, 1))
+        return Verdict(self._lost(draw, y, target), votes, loss(draw, y, target))
 
 
 def _detached(draw: Draw) -> Draw:

@@ -146,7 +146,7 @@ class Deployed(nn.Module):
             logits = self.draw(x, count * self.draws).logits
             if bool((logits.isnan() | logits.isposinf()).any()):
                 raise FloatingPointError("the defense answers with NaN logits")
-            decisions += [self.rule.decide(Draw(part)) for part in logits.split(self.draws)]
+            decisions += [self.rule.decide(call) for call in split(Draw(logits), self.draws)]
         return torch.stack(decisions)
 
     def retried(self, run: Callable[[], Any]) -> Any:
@@ -180,3 +180,12 @@ def join(draws: list[Draw], dim: int) -> Draw:
         torch.cat([draw.logits for draw in draws], dim=dim),
         torch.cat(hidden, dim=dim) if hidden else None,
     )
+
+
+def split(draw: Draw, size: int) -> list[Draw]:
+    """Draws in groups of `size`, the last one smaller where they do not fill it."""
+    if len(draw.logits) <= size:
+        return [draw]
+    logits = draw.logits.split(size)
+    hidden = [None] * len(logits) if draw.features is None else draw.features.split(size)
+    return [Draw(*parts) for parts in zip(logits, hidden, strict=True)]

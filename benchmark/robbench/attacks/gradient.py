@@ -9,6 +9,7 @@ example is given up for one lucky draw.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from robbench.access import Access
+from robbench.access import Access, Verdict
 from robbench.attacks import attack, choose_targets
 from robbench.attacks.losses import choose
 from robbench.randomness import random_state, set_random_state
@@ -43,7 +44,7 @@ class Plan:
     keep: Keep = "best"
 
 
-@attack("fgsm", norms=NORMS)
+@attack("fgsm", norms=NORMS, version=2)
 def fgsm(
     access: Access,
     x: Tensor,
@@ -59,7 +60,7 @@ def fgsm(
     return run(access, x, y, threat, rng, plan, loss)
 
 
-@attack("bim", norms=NORMS, aliases=("ifgsm",))
+@attack("bim", norms=NORMS, aliases=("ifgsm",), version=2)
 def bim(
     access: Access,
     x: Tensor,
@@ -77,7 +78,7 @@ def bim(
     return run(access, x, y, threat, rng, plan, loss)
 
 
-@attack("pgd", norms=NORMS)
+@attack("pgd", norms=NORMS, version=2)
 def pgd(
     access: Access,
     x: Tensor,
@@ -97,7 +98,7 @@ def pgd(
     return run(access, x, y, threat, rng, plan, loss)
 
 
-@attack("mim", norms=NORMS)
+@attack("mim", norms=NORMS, version=2)
 def mim(
     access: Access,
     x: Tensor,
@@ -156,34 +157,28 @@ def run(
 def worst_of(
     access: Access, candidates: list[Tensor], y: Tensor, target: Tensor | None, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Per image the candidate that costs the defense most (share lost, then loss), and its index.
+    """Per image the candidate that costs the defense most (Access.judge), and its index.
 
-    All are compared on the same selection draws, which scoring never sees again.
+    All are compared on the same selection draws, which scoring never sees again; there are enough
+    for whole calls of the defense, at least 20 where the attack itself averages over draws.
     """
     if len(candidates) == 1:
         return candidates[0], torch.zeros_like(y)
     state = random_state(access.device)
-    best = candidates[0]
     winner = torch.zeros_like(y)
-    draws = 20 if access.draws > 1 else 5
-    for index, candidate in enumerate(candidates):
+    per_call = access.deployed.draws
+    draws = per_call * math.ceil((20 if access.draws > 1 else 5) / per_call)
+    best, verdict = candidates[0], access.judge(candidates[0], y, loss, target, draws)
+    for index, candidate in enumerate(candidates[1:], start=1):
         set_random_state(access.device, state)
-        lost, value = access.judge(candidate, y, loss, target, draws)
-        if index == 0:
-            best_lost, best_value = lost, value
-            continue
-        better = _worse_for_the_defense(lost, value, best_lost, best_value)
+        other = access.judge(candidate, y, loss, target, draws)
+        better = other.worse_than(verdict)
         best = torch.where(_column(better, best), candidate, best)
-        best_lost = torch.where(better, lost, best_lost)
-        best_value = torch.where(better, value, best_value)
+        verdict = Verdict(
+            *(torch.where(better, new, old) for new, old in zip(other, verdict, strict=True))
+        )
         winner = winner.masked_fill(better, index)
     return best, winner
-
-
-def _worse_for_the_defense(
-    lost: Tensor, value: Tensor, other_lost: Tensor, other_value: Tensor
-) -> Tensor:
-    return (lost > other_lost) | ((lost == other_lost) & (value > other_value))
 
 
 def _column(flags: Tensor, images: Tensor) -> Tensor:
@@ -225,6 +220,7 @@ class _Loop:
         stops = access.exact and plan.keep == "best"
         current, best = start.clone(), start.clone()
         best_loss = torch.full((len(start),), float("-inf"), device=start.device)
+        best_lost = torch.zeros_like(best_loss)
         momentum = torch.zeros_like(start) if plan.decay else None
         active = torch.arange(len(start), device=start.device)
         for step in range(plan.steps):
@@ -233,7 +229,11 @@ class _Loop:
             value, gradient, lost = access.gradient(here, self.y[active], self.loss, aim)
             self._note(step, active, value, gradient)
             access.report(restart * plan.steps + step + 1, plan.restarts * plan.steps)
-            better = (value > best_loss[active]) | ((lost == 1) & stops)
+            better = value > best_loss[active]
+            if stops:  # no answer is nearer to an error than any loss of an answer that is right
+                nearer = lost > best_lost[active]
+                better = nearer | (better & (lost == best_lost[active]))
+                best_lost[active[better]] = lost[better]
             best[active[better]], best_loss[active[better]] = here[better], value[better]
             if stops and bool((lost == 1).any()):
                 going = lost < 1
@@ -250,18 +250,24 @@ class _Loop:
             return [current]
         if not stops:
             return [best, current]
-        best[active] = self._better_end(current, best, best_loss, active)
+        best[active] = self._better_end(current, best, best_lost, best_loss, active)
         return [best]
 
     def _better_end(
-        self, current: Tensor, best: Tensor, best_loss: Tensor, active: Tensor
+        self,
+        current: Tensor,
+        best: Tensor,
+        best_lost: Tensor,
+        best_loss: Tensor,
+        active: Tensor,
     ) -> Tensor:
         """The last iterate was never evaluated: one more pass says whether it is the best."""
         if not len(active):
             return best[active]
         aim = None if self.target is None else self.target[active]
-        lost, value = self.access.judge(current[active], self.y[active], self.loss, aim, 1)
-        better = (lost == 1) | (value > best_loss[active])
+        end = self.access.judge(current[active], self.y[active], self.loss, aim, 1)
+        before = Verdict(best_lost[active], end.votes, best_loss[active])
+        better = end.worse_than(before)
         return torch.where(_column(better, best), current[active], best[active])
 
     def _note(self, step: int, active: Tensor, value: Tensor, gradient: Tensor) -> None:
