@@ -50,7 +50,7 @@ def trainings(monkeypatch):
 
 
 def members(shelf, spec, dataset, seed=0):
-    return shelf.members(resolve(spec)[0], dataset, seed, CPU)
+    return shelf.members(resolve(spec)[0], dataset, seed, CPU)[:2]
 
 
 def key(spec, dataset, seed=0):
@@ -368,3 +368,9 @@ def test_weights_do_not_depend_on_which_sibling_was_trained_first(spec, tmp_path
     noisy, _ = members(Shelf([tmp_path / "a"]), spec, dataset)
     quiet, _ = members(Shelf([tmp_path / "b"]), spec[:-1] + ", draws=3, noise=false)", dataset)
     assert same(noisy, quiet)
+
+
+def test_a_deployed_defense_knows_the_hash_of_its_weights(shelf, dataset):
+    trained = shelf.deploy(f"{STANDARD} & {ITO}", dataset, 0, CPU)
+    found = [shelf.find(each) for each in trained.keys]
+    assert list(trained.weights) == [hashlib.sha256(p.read_bytes()).hexdigest() for p in found]

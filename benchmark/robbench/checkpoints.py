@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from robbench.datasets import Dataset
@@ -31,12 +31,13 @@ from robbench.training import Progress, derive, train
 
 
 class Trained(NamedTuple):
-    """A deployed defense, the keys of the checkpoints it is made of, and the loss of the attacker
-    who knows it (None: cross-entropy)."""
+    """A deployed defense, the keys of the checkpoints it is made of, the loss of the attacker who
+    knows it (None: cross-entropy), and the SHA-256 of each checkpoint's weights."""
 
     deployed: Deployed
     keys: tuple[str, ...]
     loss: Loss | None = None
+    weights: tuple[str, ...] = ()
 
 
 def cache_folder() -> Path:
@@ -87,16 +88,18 @@ class Shelf:
     ) -> Trained:
         """The defense ready to be attacked; trains what no folder has."""
         parts = resolve(text)
-        members, keys = nn.ModuleList(), []
+        members, keys, weights = nn.ModuleList(), [], []
         for defense in parts:
-            own, key = self.members(defense, dataset, train_seed, device, progress)
+            own, key, sha256 = self.members(defense, dataset, train_seed, device, progress)
             members.extend(own)
             keys.append(key)
+            weights.append(sha256)
         rule = common_rule([part.rule() for part in parts])
         draws = max(defense.draws for defense in parts)
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
         losses = parts[0].losses if len(parts) == 1 else {}
-        return Trained(deployed, tuple(keys), next(iter(losses.values()), None))
+        loss = next(iter(losses.values()), None)
+        return Trained(deployed, tuple(keys), loss, tuple(weights))
 
     def members(
         self,
@@ -105,16 +108,16 @@ class Shelf:
         train_seed: int,
         device: torch.device,
         progress: Progress = lambda done, total: None,
-    ) -> tuple[nn.ModuleList, str]:
-        """Trained members in evaluation mode, and their checkpoint's key."""
+    ) -> tuple[nn.ModuleList, str, str]:
+        """Trained members in evaluation mode, their checkpoint's key, and its SHA-256."""
         key = key_of(defense, dataset, train_seed)
         with preserved_random_state():
             members = defense.build(dataset.shape, len(dataset.labels))
             path = self.find(key) or self._train(
                 defense, key, dataset, train_seed, device, progress
             )
-            _load(members, path)
-        return members.to(device).eval(), key
+            sha256 = _load(members, path)
+        return members.to(device).eval(), key, sha256
 
     def _train(
         self,
@@ -154,7 +157,7 @@ class Shelf:
             return
         base = defense.base_spec()
         assert base is not None
-        sources, _ = self.members(resolve(base)[0], dataset, train_seed, device)
+        sources, _, _ = self.members(resolve(base)[0], dataset, train_seed, device)
         for index, member in enumerate(members):
             source = sources[index % len(sources)]
             try:
@@ -199,15 +202,18 @@ class Shelf:
             ) from None
 
 
-def _load(members: nn.ModuleList, path: Path) -> None:
-    """Load weights after checking their hash; damage is named with the remedy."""
+def _load(members: nn.ModuleList, path: Path) -> str:
+    """Load weights after checking their SHA-256, and return it; damage is named with the remedy."""
     recipe_path = path.with_suffix(".json")
     remedy = f"delete {path} and {recipe_path.name} beside it, and it is trained again"
     try:
         recipe = json.loads(recipe_path.read_text())
-        if _sha256(path) != recipe["sha256"]:
+        content = path.read_bytes()  # once: another process may replace the file meanwhile
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 != recipe["sha256"]:
             raise InputError(f"checkpoint {path} is damaged: its SHA-256 differs; {remedy}")
-        members.load_state_dict(load_file(path))
+        members.load_state_dict(load(content))
+        return sha256
     except InputError:
         raise
     except (

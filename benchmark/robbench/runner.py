@@ -217,11 +217,12 @@ def _judge(
         "distance": lengths.cpu().numpy().astype(np.float32),
     }
     part.trace = {**part.trace, "unchanged": same}
+    source = shared.deploy(cell.source, shared.dataset(cell.dataset), cell.train_seed)
     part.provenance = {
         "checkpoints": list(target.keys),
-        "oracle_checkpoints": list(
-            shared.deploy(cell.source, shared.dataset(cell.dataset), cell.train_seed).keys
-        ),
+        "weights": list(target.weights),
+        "oracle_checkpoints": list(source.keys),
+        "oracle_weights": list(source.weights),
         "dataset_hash": shared.dataset(cell.dataset).hash,
         "subset_hash": subset.hash,
         "randomness": list(deployed.randomness),

@@ -288,6 +288,8 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
         bool((getattr(old, key) == getattr(new, key)).all()) for key in ("ok", "err", "distance")
     )
     low, high = was.accuracy.interval
+    if new.provenance["weights"] != old.provenance.get("weights", new.provenance["weights"]):
+        figures += "; with other weights: they were trained again since"
     if same:
         click.echo(f"holds bitwise: {figures}")
     elif low <= now.accuracy.value <= high:
