@@ -62,7 +62,6 @@ class ItoEnsemble(Defense):
     """
 
     source: ClassVar[str] = "paper 001: anonymous, Robust Ensembles using Itô Processes"
-    joint: ClassVar[bool] = False
     losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # adaptive.md, A.2: err goal
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
@@ -109,6 +108,10 @@ class ItoEnsemble(Defense):
     ballot: Annotated[Literal["flat", "nested"], INFERENCE] = "flat"
     quorum: Annotated[Literal["majority", "half", "plurality"], INFERENCE] = "majority"
     noise: Annotated[bool, INFERENCE] = True
+
+    @property
+    def joint(self) -> bool:
+        return False
 
     def prepare(self, network: nn.Module) -> nn.Module:
         blocks = getattr(network, "blocks", None)

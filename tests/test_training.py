@@ -94,12 +94,12 @@ def test_a_separately_trained_member_does_not_depend_on_the_others(dataset):
 class Separate(Standard):
     """`standard` with members trained one by one that tells the seeds of noise and order."""
 
-    joint = False
+    joint: ClassVar[bool] = False
     seeds: ClassVar[list] = []
 
-    def batch(self, members, clean, y, rng):
+    def batch(self, members, batch, rng):
         self.seeds.append((torch.initial_seed(), rng.initial_seed()))
-        return super().batch(members, clean, y, rng)
+        return super().batch(members, batch, rng)
 
 
 def test_separately_trained_members_get_noise_and_order_of_their_own(dataset, monkeypatch):
@@ -121,10 +121,10 @@ class Watched(Standard):
 
     seen: ClassVar[list] = []
 
-    def batch(self, members, clean, y, rng):
+    def batch(self, members, batch, rng):
         assert all(module.training for module in members.modules())
-        self.seen.append((clean, y))
-        return super().batch(members, clean, y, rng)
+        self.seen.append((batch.clean, batch.y))
+        return super().batch(members, batch, rng)
 
     def after_step(self, members, step):
         assert step == len(self.seen) - 1
@@ -180,8 +180,131 @@ class NotANumber(Standard):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training(dataset):
-    with pytest.raises(Diverged, match="after 1 epochs; lower lr"):
+    with pytest.raises(Diverged, match="loss of epoch 1 is not a number; lower lr"):
         trained(NotANumber(**TINY), dataset)
+
+
+class Killed(Exception):
+    """What a kill is to a training, as far as a test can."""
+
+
+def killed_at(step):
+    def progress(done, total):
+        if done == step:
+            raise Killed
+
+    return progress
+
+
+RECIPES = ["standard", "ito(members=2)", "enresnet(members=2)", "pgd-at(select=best)"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("step", [5, 6, 13])
+def test_a_killed_training_goes_on_to_the_same_weights_and_curve(recipe, step, dataset, tmp_path):
+    given = resolve(recipe)[0].model_dump(exclude_unset=True)
+    defense = tiny(resolve(recipe)[0].name, **given | {"epochs": 3})
+    whole = fresh(defense)
+    curve = train(defense, whole, dataset, 0, CPU)
+    snapshot = tmp_path / "snapshot"
+    with pytest.raises(Killed):
+        train(defense, fresh(defense), dataset, 0, CPU, killed_at(step), snapshot, saved_every=0)
+    assert snapshot.exists() == (step > 5)  # a state is written after an epoch of five steps
+    resumed, seen = fresh(defense, seed=9), []
+    again = (
+        train(defense, resumed, dataset, 0, CPU, lambda done, _: seen.append(done), snapshot, 0)
+        if snapshot.exists()
+        else train(defense, fresh_into(resumed, defense), dataset, 0, CPU)
+    )
+    assert same(resumed, whole)
+    assert without_seconds(again) == without_seconds(curve)
+    assert not snapshot.exists()
+
+
+def fresh_into(members, defense):
+    members.load_state_dict(fresh(defense).state_dict())
+    return members
+
+
+def without_seconds(curve):
+    return [{key: value for key, value in point.items() if key != "seconds"} for point in curve]
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the snapshot was executed')",)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", "pickle"])
+def test_a_snapshot_that_cannot_be_read_is_left_out_and_never_executed(content, dataset, tmp_path):
+    snapshot, defense = tmp_path / "snapshot", tiny("standard")
+    if content == "pickle":
+        torch.save({"members": Evil()}, snapshot)
+    else:
+        snapshot.write_bytes(content)
+    members = fresh(defense)
+    train(defense, members, dataset, 0, CPU, snapshot=snapshot)
+    assert same(members, trained(defense, dataset))
+
+
+def test_a_diverged_training_keeps_the_last_good_state(dataset, tmp_path):
+    class Late(Standard):
+        def start_epoch(self, members, epoch):
+            if epoch == 2:
+                members[0].readout.weight.data.fill_(float("nan"))
+
+    snapshot = tmp_path / "snapshot"
+    with pytest.raises(Diverged, match="epoch 3 is not a number; lower lr; the state before it is"):
+        train(Late(**TINY | {"epochs": 4}), fresh(tiny("standard")), dataset, 0, CPU,
+              snapshot=snapshot, saved_every=0)  # fmt: skip
+    state = torch.load(snapshot, weights_only=True)
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["members"].values())
+
+
+class Worse(Standard):
+    """`standard` whose last step turns the answer around."""
+
+    def after_step(self, members, step):
+        if step == 3 * 5 - 1:
+            members[0].readout.weight.data.neg_()
+
+
+@pytest.mark.parametrize("adversarial", [None, Adversarial(kind="fgsm", eps="1/10")])
+def test_the_best_epoch_on_the_validation_split_is_kept(adversarial, dataset):
+    fields = {"epochs": 3, "lr": 0.05, "adversarial": adversarial, "select": "best"}
+    defense = Worse(**TINY | fields)
+    members = fresh(defense)
+    values = [point["selected_by"] for point in train(defense, members, dataset, 0, CPU)]
+    assert max(values) > values[-1]
+    run = training._Run(defense, members, dataset, CPU, None, 0)
+    assert run._accuracy(members.eval(), dataset.validation, attacked=True) == max(values)
+
+
+def test_the_curve_says_loss_and_accuracies_of_every_epoch(dataset):
+    defense = tiny("ito", members=2)
+    curve = train(defense, fresh(defense), dataset, 0, CPU)
+    assert [(point["group"], point["epoch"]) for point in curve] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for point in curve:
+        assert 0 <= point["train_accuracy"] <= 1
+        assert 0 <= point["validation_accuracy"] <= 1
+        assert point["loss"] > 0 < point["seconds"]
+
+
+def test_looking_at_the_curve_changes_no_weight(dataset):
+    defense = tiny("enresnet", members=2)
+    blind = replace(dataset, validation=Split(*(tensor[:0] for tensor in dataset.validation)))
+    assert same(trained(defense, dataset), trained(defense, blind))
+
+
+def test_the_best_epoch_needs_a_validation_split(dataset):
+    blind = replace(dataset, validation=Split(*(tensor[:0] for tensor in dataset.validation)))
+    with pytest.raises(InputError, match="select=best needs a validation split"):
+        trained(tiny("standard", select="best"), blind)
+
+
+def test_mixed_precision_is_for_cuda_only(dataset):
+    assert same(trained(tiny("standard", amp=True), dataset), trained(tiny("standard"), dataset))
 
 
 @pytest.mark.parametrize("name", ["standard", "pgd-at"])
@@ -248,6 +371,12 @@ def test_a_constant_schedule_is_constant():
     assert learning_rates(10, lr=0.3, schedule="constant") == [0.3] * 10
 
 
+def test_cosine_falls_by_half_a_cosine_to_its_end():
+    rates = learning_rates(50, lr=0.02, schedule="cosine", lr_end=1e-4)
+    expected = 1e-4 + (0.02 - 1e-4) * (1 + np.cos(np.pi * np.arange(50) / 50)) / 2
+    np.testing.assert_allclose(rates, expected)
+
+
 @pytest.mark.parametrize("total", [1, 2, 3, 100])
 def test_one_cycle_rises_to_the_rate_and_falls_to_almost_nothing(total):
     rates = learning_rates(total, lr=0.5)
@@ -264,6 +393,17 @@ def batch(n=12):
     return x[:n], y[:n]
 
 
+def seen(network, x, y):
+    """What training hands to `perturb`: the loss that is maximised, the scores, the batch."""
+
+    def ascended(x, y, target):
+        if target is None:
+            return F.cross_entropy(network(x), y, reduction="none")
+        return -F.cross_entropy(network(x), target, reduction="none")
+
+    return ascended, network, training.Batch(x, y, x, LABELS)
+
+
 @given(
     norm=st.sampled_from(["linf", "l2", "l1"]),
     kind=st.sampled_from(["fgsm", "pgd", "trades"]),
@@ -273,7 +413,9 @@ def batch(n=12):
 @settings(max_examples=40, deadline=None)
 def test_adversarial_examples_stay_in_the_ball_and_the_box(network, norm, kind, eps, seed):
     x, y = batch()
-    adversarial = Adversarial(kind=kind, norm=norm, eps=eps).perturb(network, x, y, rng(seed))
+    adversarial = Adversarial(kind=kind, norm=norm, eps=eps).perturb(
+        *seen(network, x, y), rng(seed)
+    )
     assert float(distance(adversarial, x, norm).max()) <= float(eps) * (1 + 1e-5) + 1e-6
     assert float(adversarial.min()) >= 0
     assert float(adversarial.max()) <= 1
@@ -281,7 +423,7 @@ def test_adversarial_examples_stay_in_the_ball_and_the_box(network, norm, kind, 
 
 
 def test_making_adversarial_examples_leaves_no_gradient_on_the_weights(network):
-    Adversarial(kind="trades").perturb(network, *batch(), rng())
+    Adversarial(kind="trades").perturb(*seen(network, *batch()), rng())
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -293,7 +435,7 @@ def test_training_pgd_is_the_attack_pgd_from_the_same_start(network, norm, rando
     access = Access(Deployed(nn.ModuleList([deepcopy(network)]), MeanLogits(), SHAPE, LABELS))
     attack = Configured.of(f"pgd(steps=5, keep=last, random={random})")
     theirs = attack(access, x, y, Threat(norm=norm, eps="1/5"), rng())
-    torch.testing.assert_close(ours.perturb(network, x, y, rng()), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.perturb(*seen(network, x, y), rng()), theirs, rtol=0, atol=1e-6)
 
 
 def started_at(monkeypatch, start):
@@ -307,7 +449,7 @@ def test_training_pgd_is_that_of_torchattacks_from_the_same_start(network, monke
     started_at(monkeypatch, (x + noise).clamp(0, 1))
     torch.manual_seed(5)
     theirs = torchattacks.PGD(network, eps=0.2, alpha=0.05, steps=7)(x, y)
-    ours = Adversarial(eps=eps, step=step, steps=7).perturb(network, x, y, rng())
+    ours = Adversarial(eps=eps, step=step, steps=7).perturb(*seen(network, x, y), rng())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -318,7 +460,7 @@ def test_training_fgsm_is_that_of_wong_et_al_from_the_same_start(network, monkey
     started_at(monkeypatch, (x + noise).clamp(0, 1))
     torch.manual_seed(5)
     theirs = torchattacks.FFGSM(network, eps=0.2, alpha=1.25 * 0.2)(x, y)
-    ours = Adversarial(kind="fgsm", eps=eps).perturb(network, x, y, rng())
+    ours = Adversarial(kind="fgsm", eps=eps).perturb(*seen(network, x, y), rng())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -327,12 +469,69 @@ def test_the_inner_maximisation_of_trades_is_that_of_torchattacks(network):
     torch.manual_seed(5)
     theirs = torchattacks.TPGD(network, eps=0.2, alpha=0.05, steps=7)(x, y)
     ours = Adversarial(kind="trades", eps=Fraction(1, 5), step=Fraction(1, 20), steps=7)
-    torch.testing.assert_close(ours.perturb(network, x, y, rng(5)), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours.perturb(*seen(network, x, y), rng(5)), theirs, rtol=0, atol=1e-6
+    )
+
+
+def test_training_budgets_are_drawn_from_their_range(network):
+    given, generator = Adversarial(kind="fgsm", low="1/10", eps="3/10", random=False), rng()
+    x, y = batch(2)
+    x = x * 0 + 0.5  # far from the box
+    drawn = [
+        float((given.perturb(*seen(network, x, y), generator) - x).abs().max()) for _ in range(200)
+    ]
+    assert 0.1 <= min(drawn) < 0.11
+    assert 0.29 < max(drawn) <= 0.3
+    assert np.mean(drawn) == pytest.approx(0.2, abs=3 * 0.2 / 12**0.5 / 200**0.5)
+
+
+def test_targeted_training_walks_to_a_wrong_label(network):
+    x, y = batch(500)
+    ascended, scores, given = seen(network, x, y)
+    targets = []
+
+    def watched(x, y, target):
+        targets.append(target)
+        return ascended(x, y, target)
+
+    moved = Adversarial(eps="1/5", steps=5, targeted=True).perturb(watched, scores, given, rng())
+    assert all(torch.equal(target, targets[0]) for target in targets)
+    assert not (targets[0] == y).any()
+    assert len((targets[0] - y).remainder(10).unique()) == 9
+    target = targets[0]
+    assert F.cross_entropy(network(moved), target) < F.cross_entropy(network(x), target)
+
+
+def test_clean_images_count_with_their_weight(network):
+    x, y = batch()
+    moved = (x + 0.1).clamp(0, 1)
+    plain = lambda x, y: F.cross_entropy(network(x), y, reduction="none")  # noqa: E731
+    loss = Adversarial(clean=0.5).loss(plain, network, training.Batch(moved, y, x, LABELS))
+    torch.testing.assert_close(loss, plain(moved, y) + 0.5 * plain(x, y))
+
+
+def test_reach_is_what_all_steps_go_together():
+    assert Adversarial(steps=10, reach=1).step_size(0.02) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("pgd(low=0.2, eps=0.1)", "ε is drawn from low to eps"),
+        ("trades(clean=1)", "only pgd and fgsm use it"),
+        ("trades(targeted=true)", "only pgd and fgsm use it"),
+        ("fgsm(reach=1)", "only pgd and trades use it"),
+    ],
+)
+def test_adversarial_settings_that_do_nothing_are_refused(spec, problem):
+    with pytest.raises(InputError, match=problem):
+        resolve(f"standard(adversarial={spec})")
 
 
 def test_pgd_steps_reach_two_and_a_half_radii_unless_given():
-    assert Adversarial(eps=Fraction(8, 255), steps=10).step_size == pytest.approx(2 / 255)
-    assert Adversarial(step=Fraction(1, 255)).step_size == pytest.approx(1 / 255)
+    assert Adversarial(eps=Fraction(8, 255), steps=10).step_size(8 / 255) == pytest.approx(2 / 255)
+    assert Adversarial(step=Fraction(1, 255)).step_size(8 / 255) == pytest.approx(1 / 255)
 
 
 @given(seed=st.integers(0, 2**32 - 1), beta=st.floats(0, 10))
@@ -344,8 +543,10 @@ def test_trades_loss_is_cross_entropy_plus_beta_times_the_divergence(seed, beta)
     p, q = special.softmax(clean, 1), special.softmax(moved, 1)
     expected = -np.log(p[np.arange(6), y]) + beta * special.rel_entr(p, q).sum(1)
     logits = {0: torch.from_numpy(clean), 1: torch.from_numpy(moved)}
-    given = training.Batch(torch.ones(()), torch.from_numpy(y), torch.zeros(()))
-    loss = Adversarial(kind="trades", beta=beta).loss(lambda x: logits[int(x)], given)
+    given = training.Batch(torch.ones(()), torch.from_numpy(y), torch.zeros(()), 4)
+    _, scores, _ = seen(lambda x: logits[int(x)], *given[:2])
+    plain = lambda x, y: F.cross_entropy(scores(x), y, reduction="none")  # noqa: E731
+    loss = Adversarial(kind="trades", beta=beta).loss(plain, scores, given)
     np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -356,8 +557,9 @@ def test_trades_moves_both_of_its_terms(network):
     for clean_is_fixed in (False, True):
         clean = network(x).detach() if clean_is_fixed else network(x)
         loss = Adversarial(kind="trades").loss(
+            lambda images, y: F.cross_entropy(network(images), y, reduction="none"),
             lambda images, clean=clean: clean if images is x else network(images),
-            training.Batch(moved, y, x),
+            training.Batch(moved, y, x, LABELS),
         )
         gradients.append(torch.autograd.grad(loss.mean(), network[1].weight)[0])
     assert not torch.allclose(*gradients)
@@ -368,7 +570,7 @@ def test_recipes_train_on_adversarial_examples_of_all_members_together(spec):
     defense = resolve(spec)[0]
     members, (x, y) = fresh(defense), batch()
     torch.manual_seed(1)
-    made = defense.batch(members, x, y, rng())
+    made = defense.batch(members, training.Batch(x, y, x, 10), rng())
     assert torch.equal(made.clean, x)
     assert 0 < float(distance(made.x, x, "linf").max()) <= 0.2 + 1e-6
     defense.loss(members, made).mean().backward()

@@ -27,7 +27,7 @@ from robbench.networks import load_torchvision, torchvision_weights
 from robbench.randomness import preserved_random_state
 from robbench.registry import Spec
 from robbench.rules import Loss, MeanProbabilities, Rule
-from robbench.training import Progress, derive, train
+from robbench.training import Curve, Progress, derive, train
 
 
 class Trained(NamedTuple):
@@ -48,12 +48,12 @@ def cache_folder() -> Path:
 
 def key_of(defense: Defense, dataset: Dataset, train_seed: int) -> str:
     """SHA-256 of all that decides the weights."""
-    base = defense.base_spec()
+    below = [key_of(base, dataset, train_seed) for base in defense.bases()]
     identity = {
         "dataset": dataset.hash,
         "defense": str(defense.training_spec),
         "version": defense.version,
-        "base": key_of(resolve(base)[0], dataset, train_seed) if base else defense.base,
+        "base": defense.base if not below else below[0] if len(below) == 1 else below,
         "train_seed": train_seed,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -87,16 +87,22 @@ class Shelf:
         progress: Progress = lambda done, total: None,
     ) -> Trained:
         """The defense ready to be attacked; trains what no folder has."""
-        parts = resolve(text)
+        spec, parts = Spec.parse(text), resolve(text)
         members, keys, weights = nn.ModuleList(), [], []
-        for defense in parts:
+        for part, defense in zip(spec.parts or (spec,), parts, strict=True):
             own, key, sha256 = self.members(defense, dataset, train_seed, device, progress)
+            if part.member is not None:
+                if part.member >= len(own):
+                    raise InputError(f"{part}: members of {part.name} are 0 to {len(own) - 1}")
+                own = own[part.member : part.member + 1]
             members.extend(own)
             keys.append(key)
             weights.append(sha256)
         rule = common_rule([part.rule() for part in parts])
         draws = max(defense.draws for defense in parts)
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
+        if deployed.stochastic and not any(defense.stochastic for defense in parts):
+            raise InputError(f"{text} is said to be deterministic, but its answers differ")
         losses = parts[0].losses if len(parts) == 1 else {}
         loss = next(iter(losses.values()), None)
         return Trained(deployed, tuple(keys), loss, tuple(weights))
@@ -133,10 +139,18 @@ class Shelf:
         defense = resolve(configured.training_spec)[0]
         torch.manual_seed(derive("init", train_seed, key))
         members = defense.build(dataset.shape, len(dataset.labels))
+        if not defense.joint:  # a member does not depend on how many there are
+            for index, member in enumerate(members):
+                torch.manual_seed(derive("init", train_seed, dataset.hash, defense.name, index))
+                member.load_state_dict(
+                    defense.build(dataset.shape, len(dataset.labels))[0].state_dict()
+                )
         self._start(defense, members, dataset, train_seed, device)
         members.to(device)
-        train(defense, members, dataset, train_seed, device, progress)
-        return self._save(members, key, defense, dataset, train_seed)
+        snapshot = self.folders[-1] / f".{key}.partial"
+        curve = train(defense, members, dataset, train_seed, device, progress, snapshot)
+        defense.calibrate(members, dataset)
+        return self._save(members, key, defense, dataset, train_seed, curve)
 
     def _start(
         self,
@@ -146,7 +160,7 @@ class Shelf:
         train_seed: int,
         device: torch.device,
     ) -> None:
-        """Copy the base's weights into every member; noise modules have none of their own."""
+        """Hand the base's members, or downloaded weights, to what is built on them."""
         if defense.base is None:
             return
         if defense.base.startswith("torchvision:"):
@@ -155,23 +169,32 @@ class Shelf:
             for member in members:
                 load_torchvision(member, state)  # type: ignore[arg-type]
             return
-        base = defense.base_spec()
-        assert base is not None
-        sources, _, _ = self.members(resolve(base)[0], dataset, train_seed, device)
-        for index, member in enumerate(members):
-            source = sources[index % len(sources)]
-            try:
-                member.load_state_dict(source.state_dict())
-            except RuntimeError:
-                raise InputError(
-                    f"{defense.name} cannot start from {base}: the networks differ;"
-                    f" give both the same network"
-                ) from None
+        sources = nn.ModuleList()
+        for base in defense.bases():
+            sources.extend(self.members(base, dataset, train_seed, device)[0])
+        try:
+            defense.start(members, sources)
+        except RuntimeError:
+            raise InputError(
+                f"{defense.name} cannot start from {defense.base}: the networks differ;"
+                f" give both the same network"
+            ) from None
 
     def _save(
-        self, members: nn.ModuleList, key: str, defense: Defense, dataset: Dataset, seed: int
+        self,
+        members: nn.ModuleList,
+        key: str,
+        defense: Defense,
+        dataset: Dataset,
+        seed: int,
+        curve: Curve,
     ) -> Path:
-        """Weights first, recipe last, each renamed into place: a killed run leaves nothing half."""
+        """Weights first, recipe last, each renamed into place: a killed run leaves nothing half.
+
+        What another process has finished meanwhile stays: its weights may be in use.
+        """
+        if path := self.find(key):
+            return path
         folder = self.folders[-1]
         path, temporary = folder / f"{key}.safetensors", folder / f".{key}.{os.getpid()}.tmp"
         state = {name: tensor.cpu().contiguous() for name, tensor in members.state_dict().items()}
@@ -188,6 +211,7 @@ class Shelf:
                 "train_seed": seed,
                 "sha256": _sha256(temporary),
                 "torch": torch.__version__,
+                "curve": curve,
             }
             temporary.replace(path)
             temporary.write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n")

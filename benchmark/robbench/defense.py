@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Generator, Tensor, nn
 
 from robbench import networks, registry
@@ -19,6 +19,9 @@ from robbench.registry import Spec
 from robbench.rules import Draw, Loss, MeanProbabilities, Rule
 from robbench.training import AdversarialSpec, Batch, Optimisation
 
+if TYPE_CHECKING:
+    from robbench.datasets import Dataset
+
 D = TypeVar("D", bound="type[Defense]")
 INFERENCE = "inference"  # marks a field that changes the decision, never the trained weights
 
@@ -26,9 +29,11 @@ INFERENCE = "inference"  # marks a field that changes the decision, never the tr
 class Defense(Optimisation):
     """A recipe. Its fields are what a spec takes; their defaults are the preset `quick`.
 
-    Subclasses override what is their own: build, start, loss, rule, losses. `joint` says whether
-    members are optimised together. Fields annotated with "inference" are no part of a
-    checkpoint's key.
+    Subclasses override what is their own, mostly prepare, criterion, rule and losses. Fields
+    annotated with INFERENCE are no part of a checkpoint's key. `features`: criterion is given the
+    last hidden activations too. `wraps`: members are those of the base, each inside the module
+    (with an attribute `network`) that prepare puts around it; nothing is trained unless
+    epochs > 0.
     """
 
     name: ClassVar[str]
@@ -36,7 +41,8 @@ class Defense(Optimisation):
     source: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quick": {}}
     losses: ClassVar[Mapping[str, Loss]] = {}  # strongest first
-    joint: ClassVar[bool] = True
+    features: ClassVar[bool] = False
+    wraps: ClassVar[bool] = False
 
     network: str = "quick"
     members: Annotated[int, Field(ge=1)] = 1
@@ -44,8 +50,30 @@ class Defense(Optimisation):
     adversarial: AdversarialSpec = None
     draws: Annotated[int, Field(ge=1), INFERENCE] = 1
 
+    @field_validator("base")
+    @classmethod
+    def _in_one_form(cls, base: str | None) -> str | None:
+        """Two ways to write a base must not become two trainings."""
+        if base is None or base.startswith("torchvision:"):
+            return base
+        return str(canonical(base))
+
+    @model_validator(mode="after")
+    def _trained(self) -> Defense:
+        if not self.epochs and self.base is None:
+            raise ValueError("epochs = 0 keeps the weights of a base, and there is none")
+        return self
+
+    @property
+    def joint(self) -> bool:
+        """Whether members are optimised together, or one after the other."""
+        return True
+
     def build(self, shape: tuple[int, int, int], labels: int) -> nn.ModuleList:
         """Fresh members for images of (C, H, W) and this many labels."""
+        if self.wraps:
+            built = [base.build(shape, labels) for base in self.bases()]
+            return nn.ModuleList(self.prepare(network) for group in built for network in group)
         spec = Spec.parse(self.network)
         return nn.ModuleList(
             self.prepare(networks.build(spec.name, dict(spec.settings), shape, labels))
@@ -56,29 +84,66 @@ class Defense(Optimisation):
         """Insert what the defense adds to a network; called on every fresh member."""
         return network
 
-    def batch(self, members: nn.ModuleList, clean: Tensor, y: Tensor, rng: Generator) -> Batch:
+    def start(self, members: nn.ModuleList, sources: nn.ModuleList) -> None:
+        """Take over the weights of the base's members; noise modules have none of their own."""
+        for index, member in enumerate(members):
+            inner = member.network if self.wraps else member
+            assert isinstance(inner, nn.Module)
+            inner.load_state_dict(sources[index % len(sources)].state_dict())
+
+    def batch(self, members: nn.ModuleList, batch: Batch, rng: Generator) -> Batch:
         """What one step trains on: adversarial examples where the recipe has them."""
         if self.adversarial is None:
-            return Batch(clean, y, clean)
-        x = self.adversarial.perturb(lambda images: self.scores(members, images), clean, y, rng)
-        return Batch(x, y, clean)
+            return batch
+
+        def ascended(x: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+            return self.objective(self.forward(members, x), y, target)
+
+        x = self.adversarial.perturb(ascended, lambda x: self.scores(members, x), batch, rng)
+        return batch._replace(x=x)
 
     def loss(self, members: nn.ModuleList, batch: Batch) -> Tensor:
-        """(N,) what training minimises."""
+        """(N,) what training minimises: the criterion, where adversarial training wants it."""
+
+        def minimised(x: Tensor, y: Tensor) -> Tensor:
+            return self.criterion(self.forward(members, x), y, x)
+
         if self.adversarial is None:
-            return F.cross_entropy(self.scores(members, batch.x), batch.y, reduction="none")
-        return self.adversarial.loss(lambda images: self.scores(members, images), batch)
+            return minimised(batch.x, batch.y)
+        return self.adversarial.loss(minimised, lambda x: self.scores(members, x), batch)
+
+    def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
+        """(N,) the loss of one training draw of members on images x: base loss + regularisers."""
+        return F.cross_entropy(self.rule().scores(draw), y, reduction="none")
+
+    def objective(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        """(N,) what adversarial training maximises: the cross-entropy of the scores."""
+        scores = self.rule().scores(draw)
+        if target is None:
+            return F.cross_entropy(scores, y, reduction="none")
+        return -F.cross_entropy(scores, target, reduction="none")
+
+    def forward(self, members: nn.ModuleList, x: Tensor) -> Draw:
+        """One draw of the members, while training."""
+        if not self.features:
+            return Draw(torch.stack([member(x) for member in members])[None])
+        hidden = [member.features(x) for member in members]  # type: ignore[operator]
+        logits = [member.readout(h) for member, h in zip(members, hidden, strict=True)]  # type: ignore[operator]
+        return Draw(torch.stack(logits)[None], torch.stack(hidden)[None])
 
     def scores(self, members: nn.ModuleList, x: Tensor) -> Tensor:
-        """(N, L) logits of one draw of the members by the decision rule, while training."""
-        logits = torch.stack([member(x) for member in members])[None]
-        return self.rule().scores(Draw(logits))
+        """(N, L) scores of one draw of the members by the decision rule, while training."""
+        return self.rule().scores(self.forward(members, x))
 
     def start_epoch(self, members: nn.ModuleList, epoch: int) -> None:
         """Called before every epoch, from 0, of members that are trained together."""
 
     def after_step(self, members: nn.ModuleList, step: int) -> None:
-        """Called after every optimiser step, from 0, of members that are trained together."""
+        """Called after every optimiser step, from 0, of members that are trained together; their
+        parameters still have the gradients of that step."""
+
+    def calibrate(self, members: nn.ModuleList, dataset: Dataset) -> None:
+        """Fill buffers that depend on training data, once, after training: pools, statistics."""
 
     def rule(self) -> Rule:
         """How draws of members become a decision."""
@@ -87,13 +152,24 @@ class Defense(Optimisation):
     @property
     def stochastic(self) -> bool:
         """Whether two answers to the same image may differ: such a defense is attacked by EOT."""
-        return False
+        return self.wraps and any(base.stochastic for base in self.bases())
+
+    def bases(self) -> tuple[Defense, ...]:
+        """The defenses behind `base`, one per part of `A & B`; none for downloaded weights."""
+        spec = self.base_spec()
+        return resolve(spec) if spec else ()
 
     def base_spec(self) -> Spec | None:
-        """The spec of the base, on this defense's network unless it names one."""
+        """The canonical spec of the base, on this defense's network unless it names one."""
         if self.base is None or self.base.startswith("torchvision:"):
+            if self.wraps:
+                raise InputError(f"{self.name} goes around a defense; write base=standard")
             return None
         spec = Spec.parse(self.base)
+        if any(part.member is not None for part in spec.parts or (spec,)):
+            raise InputError(f"base = {spec}: a base is a whole defense, not one member of it")
+        if self.wraps:
+            return canonical(spec)
         if spec.parts:
             raise InputError(f"{self.name} cannot start from {spec}: base is one defense, not two")
         if "network" not in dict(spec.settings):
@@ -140,25 +216,41 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
 
 def canonical(text: str | Spec) -> Spec:
     """The canonical form of a defense spec; an InputError for anything unknown in it."""
-    specs = [part.spec for part in resolve(text)]
+    given = Spec.parse(text)
+    specs = [
+        defense.spec.model_copy(update={"member": part.member})
+        for part, defense in zip(given.parts or (given,), resolve(given), strict=True)
+    ]
     if len(specs) == 1:
         return specs[0]
     return Spec(name="&".join(spec.name for spec in specs), parts=tuple(specs))
 
 
 def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
-    """The spec with a preset's fields below its own; `paper:imagenet` precedes `paper`."""
+    """The spec with a preset's fields below its own; `paper:imagenet` precedes `paper`.
+
+    A base takes the same preset, but for its network, which is that of what is built on it; what
+    goes around a base leaves it its own.
+    """
     spec = Spec.parse(text)
     if spec.parts:
         parts = tuple(with_preset(part, preset, dataset) for part in spec.parts)
         return spec.model_copy(update={"parts": parts})
-    presets = _look_up(spec.name).presets
-    if preset not in presets:
-        raise unknown(f"preset of {spec.name}", preset, [key for key in presets if ":" not in key])
-    fields: dict[str, Any] = dict(presets.get(f"{preset}:{dataset}", presets[preset]))
-    return canonical(
-        spec.model_copy(update={"settings": ()}).with_settings({**fields, **dict(spec.settings)})
-    )
+    cls = _look_up(spec.name)
+    if preset not in cls.presets:
+        known = [key for key in cls.presets if ":" not in key]
+        raise unknown(f"preset of {spec.name}", preset, known)
+    fields: dict[str, Any] = dict(cls.presets.get(f"{preset}:{dataset}", cls.presets[preset]))
+    fields |= dict(spec.settings)
+    base = fields.get("base", cls.model_fields["base"].default)
+    if isinstance(base, str) and not base.startswith("torchvision:"):
+        below = with_preset(base, preset, dataset)
+        named = {part.name for part in Spec.parse(base).parts or (Spec.parse(base),)}
+        if not cls.wraps and len(named) == 1 and "network" not in dict(Spec.parse(base).settings):
+            left = tuple(setting for setting in below.settings if setting[0] != "network")
+            below = below.model_copy(update={"settings": left})
+        fields["base"] = str(below)
+    return canonical(spec.model_copy(update={"settings": ()}).with_settings(fields))
 
 
 def version_of(text: str | Spec) -> str:
@@ -166,8 +258,8 @@ def version_of(text: str | Spec) -> str:
     once it is not the first."""
     parts = []
     for configured in resolve(text):
-        base = configured.base_spec()
-        below = version_of(base) if base else "1"
+        spec = configured.base_spec()
+        below = version_of(spec) if spec else "1"
         parts.append(f"{configured.version}<{below}" if below != "1" else str(configured.version))
     return "&".join(parts)
 
@@ -184,6 +276,8 @@ def shown(text: str, dataset: str) -> str:
             return " & ".join(shown(str(part), dataset) for part in spec.parts)
         preset = dict(with_preset(spec.name, "quick", dataset).settings)
         left = {key: value for key, value in spec.settings if preset.get(key) != value}
+        if "base" in left:
+            left["base"] = shown(str(left["base"]), dataset)
         brief = spec.model_copy(update={"settings": tuple(left.items())})
         return str(brief) if str(with_preset(brief, "quick", dataset)) == text else text
     except InputError:

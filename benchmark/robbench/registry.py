@@ -1,8 +1,9 @@
 """Names of defenses, attacks and datasets, and the specs that configure them.
 
 A spec is written the same everywhere: `ito`, `ito(omega=0.4, members=3)`, `pgd(steps=50)`;
-`A & B` joins separately trained defenses. Other packages join by entry points in the groups
-robbench.defenses, robbench.attacks and robbench.datasets; they are read when a look-up needs them.
+`A & B` joins separately trained defenses, `A[0]` is one member. Other packages join by entry
+points in the groups robbench.defenses, robbench.attacks and robbench.datasets; they are read when
+a look-up needs them.
 """
 
 from __future__ import annotations
@@ -26,20 +27,23 @@ if TYPE_CHECKING:
     from robbench.datasets import Dataset
 
 T = TypeVar("T")
-_NAME = re.compile(r"[A-Za-z_][\w.:/-]*")
+_NAME = re.compile(r"[A-Za-z_][\w.:/+-]*")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(/\d+)?(?![\w.])")
+_INDEX = re.compile(r"\d+")
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _SIGN = re.compile(rf"{_QUOTED.pattern}|[()\[\],]")
 _WORDS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
 class Spec(BaseModel):
-    """A name with the settings that were given; `parts` holds what `A & B` joins."""
+    """A name with the settings that were given; `parts` holds what `A & B` joins, `member` the
+    index of `A[0]`, one member of an ensemble."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     settings: tuple[tuple[str, object], ...] = ()
     parts: tuple[Spec, ...] = ()
+    member: int | None = None
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:
@@ -50,7 +54,8 @@ class Spec(BaseModel):
         if self.parts:
             return " & ".join(map(str, self.parts))
         inner = ", ".join(f"{key}={_write(value)}" for key, value in sorted(self.settings))
-        return f"{self.name}({inner})" if inner else self.name
+        index = "" if self.member is None else f"[{self.member}]"
+        return (f"{self.name}({inner})" if inner else self.name) + index
 
     def with_settings(self, settings: Mapping[str, object]) -> Spec:
         """The same spec with these settings replaced or added."""
@@ -119,7 +124,12 @@ class _Reader:
                 settings[key] = self.value()
                 if not self.take(",") and self.peek() != ")":
                     self.fail("expected ',' or ')'")
-        return Spec(name=name, settings=tuple(sorted(settings.items())))
+        member = None
+        if self.take("["):
+            member = int(self.match(_INDEX, "the number of a member"))
+            if not self.take("]"):
+                self.fail("expected ']'")
+        return Spec(name=name, settings=tuple(sorted(settings.items())), member=member)
 
     def value(self) -> object:
         if self.take("["):
@@ -137,7 +147,11 @@ class _Reader:
             self.at = number.end()
             return _number(number[0])
         spec = self.spec()
-        return str(spec) if spec.settings else _WORDS.get(spec.name, spec.name)
+        return (
+            str(spec)
+            if spec.settings or spec.member is not None
+            else _WORDS.get(spec.name, spec.name)
+        )
 
     def peek(self) -> str:
         while self.at < len(self.text) and self.text[self.at].isspace():

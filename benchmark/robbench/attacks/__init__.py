@@ -139,7 +139,8 @@ def check_settings(
             if problem["type"] != "extra_forbidden":
                 place = ".".join(map(str, problem["loc"]))
                 text = problem["msg"].removeprefix("Value error, ")
-                problems.append(f"{kind} {name}: {place} = {problem['input']!r}: {text}")
+                given_as = f"{place} = {problem['input']!r}: " if place else ""
+                problems.append(f"{kind} {name}: {given_as}{text}")
         raise InputError("; ".join(problems)) from None
 
 
