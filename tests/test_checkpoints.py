@@ -17,7 +17,7 @@ from torch import nn
 from robbench import checkpoints, datasets, registry
 from robbench.checkpoints import Shelf, cache_folder, key_of
 from robbench.datasets import Split
-from robbench.defense import resolve
+from robbench.defense import resolve, shown, with_preset
 from robbench.errors import InputError
 from robbench.rules import MeanProbabilities, Vote
 from robbench.training import train
@@ -193,6 +193,41 @@ def test_joined_defenses_bring_all_their_members(shelf, dataset):
     pair, _ = members(shelf, ITO, dataset)
     assert same(trained.deployed.members, nn.ModuleList([*single, *pair]))
     assert isinstance(trained.deployed.rule, MeanProbabilities)
+
+
+def test_one_member_is_deployed_from_the_checkpoint_of_all(shelf, dataset):
+    whole, one = (shelf.deploy(f"{ITO}{index}", dataset, 0, CPU) for index in ("", "[1]"))
+    assert whole.keys == one.keys
+    assert len(one.deployed.members) == 1
+    assert same(one.deployed.members[0], whole.deployed.members[1])
+
+
+def test_a_member_that_is_not_there_is_refused(shelf, dataset):
+    with pytest.raises(InputError, match="members of ito are 0 to 1"):
+        shelf.deploy(f"{ITO}[2]", dataset, 0, CPU)
+
+
+@pytest.mark.parametrize("base", ["standard[0]", "standard & pgd-at"])
+def test_a_base_is_one_whole_defense(base):
+    with pytest.raises(InputError, match="base"):
+        resolve(f"ito(base='{base}')")[0].base_spec()
+
+
+def test_two_ways_to_write_a_base_are_one_training(dataset):
+    written = ["ito(base=standard(lr=0.01, epochs=2))", "ito(base='standard( epochs=2 )')"]
+    assert len({key(spec, dataset) for spec in written}) == 1
+
+
+def test_the_base_is_trained_by_the_preset_of_the_dataset():
+    spec = with_preset("ito(base=standard, epochs=2)", "quick", "mnist")
+    assert resolve(spec)[0].base == "standard(epochs=3)"
+    assert shown(str(spec), "mnist") == "ito(epochs=2)"
+
+
+def test_a_defense_that_hides_its_randomness_is_refused(shelf, dataset, monkeypatch):
+    monkeypatch.setattr(type(resolve(ITO)[0]), "stochastic", False)
+    with pytest.raises(InputError, match="said to be deterministic, but its answers differ"):
+        shelf.deploy(ITO, dataset, 0, CPU)
 
 
 def test_a_deployed_defense_has_its_own_rule_and_draws(shelf, dataset, trainings):

@@ -95,6 +95,8 @@ MISTAKES = {
     "an argument too many": ([*RUN, "more"], "unexpected extra argument", "more"),
     "no number where one is due": ([*RUN, "-n", "many"], "'-n'", "many"),
     "no draws behind a gradient": ([*RUN, "--eot", "0"], "'--eot'", "0"),
+    "no time at all": ([*RUN, "--timeout", "0"], "timeout = 0.0", "a positive number of seconds"),
+    "a time that is none": ([*RUN, "--timeout", "nan"], "timeout = nan"),
     "nothing to attack": (["run", "--attack", "pgd"], "--defense ito", "list defenses"),
     "an empty defense": (["run", "--defense", ""], "--defense ito"),
     "an empty attack": ([*RUN, "--attack", ""], "attack is empty"),
@@ -133,8 +135,8 @@ MISTAKES = {
     "an unknown device": ([*RUN, "--device", "gpu"], "'gpu'", "cuda"),
     "a malformed spec": ([*RUN, "--defense", "ito(omega=0.4"], "at character", "')'"),
     "a setting out of its range": (
-        [*RUN, "--defense", "standard(epochs=0)"],
-        "epochs = 0",
+        [*RUN, "--defense", "standard(members=0)"],
+        "members = 0",
         "greater than or equal to 1",
     ),
     "an epsilon in the units of 255": ([*RUN, "--eps", "8"], "ε = 8", "write 8/255"),
@@ -258,6 +260,15 @@ def test_a_broken_record_is_named_and_left_alone(arguments, robbench, folder):
     assert contents(folder) == before
 
 
+def test_a_record_of_another_schema_is_named_before_any_work(robbench, folder):
+    path = record_files(folder)[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    before = contents(folder)
+    result = robbench(*RUN, "--out", folder)
+    assert_one_line(result, str(path), "another schema version", "choose another folder with --out")
+    assert contents(folder) == before
+
+
 def test_a_folder_that_cannot_be_written_is_a_mistake_before_any_work(robbench, tmp_path):
     (tmp_path / "file").write_text("")
     result = robbench(*RUN, "--out", tmp_path / "file" / "out")
@@ -318,10 +329,16 @@ def test_a_corrupt_checkpoint_is_named_with_the_remedy(checkpoint, robbench, fol
     damaged = bytearray(checkpoint.read_bytes())
     damaged[-1] ^= 1
     checkpoint.write_bytes(damaged)
-    before = contents(folder)
-    result = robbench(*RUN, "--seeds", "2", *SERIAL, "--quiet", "--out", folder)
+    empty = folder.parent / "empty"
+    arguments = [*RUN, "--seeds", "2", *SERIAL, "--quiet", "--out"]
+    result = robbench(*arguments, empty)
     assert_one_line(result, str(checkpoint), "is damaged", "it is trained again")
-    assert contents(folder) == before
+    assert contents(empty) == {}
+    before = contents(folder)
+    code, out, err = robbench(*arguments, folder)
+    assert (code, err) == (1, "")  # the cells of the first seed are finished and shown
+    assert out.count(f"checkpoint {checkpoint} is damaged") == 2 and "standard" in out
+    assert before.items() <= contents(folder).items()
 
 
 class Malice:
@@ -476,7 +493,7 @@ def test_a_grid_file_is_every_combination_of_its_lists(robbench, tmp_path):
 
 
 def test_an_interrupted_run_says_that_it_can_go_on(robbench, tmp_path, monkeypatch):
-    def interrupted(*rest):
+    def interrupted(*rest, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(executors, "measure", interrupted)
@@ -699,11 +716,34 @@ def test_list_attacks_names_norms_needs_and_faults(robbench):
     assert "art:DPatch needs an object detector" in words
 
 
-def test_list_defenses_shows_the_settings_that_a_spec_takes(robbench):
+def test_list_defenses_has_a_line_for_each(robbench):
     _, out, _ = robbench("list", "defenses")
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert rows["ito"] == [
+        "ito",
+        "001",
+        "anonymous",
+        "yes",
+        "majority",
+        "vote",
+        "yes",
+        "any",
+        "quick",
+        "paper",
+    ]
+    assert rows["standard"][1:5] == ["He", "2016", "no", "mean"]
+
+
+def test_list_of_one_defense_shows_the_settings_that_a_spec_takes(robbench):
+    _, out, _ = robbench("list", "defenses", "ito")
     words = " ".join(out.split())
     assert "omega=0.4" in words and "quorum=majority" in words
     assert "schedule" in words.partition("Settings of every defense: ")[2]
+
+
+def test_only_defenses_are_listed_one_by_one(robbench):
+    code, _, err = robbench("list", "attacks", "pgd")
+    assert code == 2 and "robbench list attacks" in err
 
 
 def test_data_says_where_a_dataset_is(robbench):
@@ -761,7 +801,7 @@ def test_a_package_joins_by_entry_points_with_a_defense_an_attack_and_a_dataset(
         (plain, "0.2", 1),
     ]
     assert [row["setting"] for row in json.loads(rows)] == ["blackbox"] * 4
-    assert "\ninput-noise\n" in defenses and "sigma=0.1" in defenses
+    assert any(line.startswith("input-noise ") for line in defenses.splitlines())
     assert any(line.split()[:3] == ["corners", "linf", "scores"] for line in attacks.splitlines())
     assert ["bars", "plugin"] in [line.split() for line in names.splitlines()]
     assert "bars: 80 test images" in data
@@ -773,11 +813,12 @@ def test_a_plugin_with_the_name_of_our_dataset_is_an_error_that_names_both(monke
     entries._loaded = True
     entries.add("digits", checkpoints.key_of)  # any function from elsewhere
     monkeypatch.setattr(registry, "datasets", entries)
-    with pytest.raises(registry.InputError, match=r"checkpoints\.py and .*datasets\.py"):
+    with pytest.raises(registry.InputError, match=r"checkpoints\.py and .*embedded\.py"):
         registry.dataset("digits")
 
 
 def test_lists_of_a_plain_class_of_a_plugin_do_not_fail(monkeypatch):
     """A defense plugin that is none is refused when it is used, not when it is listed."""
     monkeypatch.setattr(registry.defenses, "_entries", {"odd": np.ndarray})
-    assert listing.defenses().startswith("odd\n")
+    assert "odd  " in listing.defenses() and "not a Defense" in listing.defenses()
+    assert listing.defenses("odd").startswith("odd\n")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from robbench.compare import compare
@@ -143,15 +147,82 @@ def test_lines_are_sorted_by_norm_attack_and_budget(store):
     assert [line[2] for line in lines[:3]] == ["8/255", "0.1", "1"]
 
 
-def test_without_a_setting_the_strongest_is_compared(store):
+OWN = [WHITEBOX, ADAPTIVE, Setting(kind="adaptive", eot=5)]
+
+
+@given(st.permutations(range(3)))
+@settings(max_examples=10, deadline=None)
+def test_without_a_setting_the_lowest_outcome_of_each_cell_is_compared(order):
+    """Whatever the settings are called: the white box of a deterministic defense stands for all."""
+    shares = [(20 - 5 * rank, 0) for rank in order]
+    with tempfile.TemporaryDirectory() as folder:
+        records = [
+            record("ito", share, 20, setting=setting)
+            for share, setting in zip(shares, OWN, strict=True)
+        ]
+        (line,) = table(
+            Store(Path(folder)), "ito", "standard", *records, record("standard", (1, 0))
+        )
+    strongest = str(OWN[order.index(2)])
+    both = strongest if strongest == "whitebox" else f"{strongest} / whitebox"
+    assert line[4:7] == [both, "25.0", "50.0"]
+
+
+def test_each_budget_has_its_own_lowest_setting(store):
+    low, high = (5, 0), (10, 0)
     records = [
-        record("ito", (20, 20, 0, 0), 20),
-        record("ito", (10, 0, 0, 0), 20, setting=ADAPTIVE),
-        record("ito", (20, 0, 0, 0), 20, setting=Setting(kind="adaptive", eot=5)),
-        record("standard", (1, 0, 0, 0)),
+        record("ito", share, 20, setting=setting, threat=Threat(eps=eps))
+        for eps, shares in (("1/10", (low, high)), ("1/5", (high, low)))
+        for share, setting in zip(shares, OWN[:2], strict=True)
     ]
-    (line,) = table(store, "ito", "standard", *records)
-    assert line[4:7] == ["adaptive EOT 20 / whitebox", "12.5", "25.0"]
+    records += [record("standard", (1, 0), threat=Threat(eps=eps)) for eps in ("1/10", "1/5")]
+    lines = table(store, "ito", "standard", *records)
+    assert [[line[2], *line[4:6]] for line in lines] == [
+        ["0.1", "whitebox", "12.5"],
+        ["0.2", "adaptive EOT 20 / whitebox", "12.5"],
+    ]
+
+
+def test_equal_outcomes_are_those_of_the_attacker_who_had_more(store):
+    records = [record("ito", (10, 0), 20, setting=setting) for setting in OWN]
+    (line,) = table(store, "ito", "standard", *records, record("standard", (1, 0)))
+    assert line[4] == "adaptive EOT 20 / whitebox"
+
+
+def test_a_setting_that_only_one_of_two_stochastic_defenses_met_is_not_held_against_it(store):
+    records = [record("ito", (20, 0), 20), record("ito", (1, 0), 20, setting=ADAPTIVE)]
+    (line,) = table(store, "ito", "enresnet", *records, record("enresnet", (20, 0), 20))
+    assert line[4:7] == ["whitebox", "50.0", "50.0"]
+    (line,) = table(store, "ito@adaptive", "enresnet")
+    assert line[4:7] == ["adaptive EOT 20 / whitebox", "2.5", "50.0"]
+
+
+def test_only_settings_that_differ_are_no_pair(store):
+    store.put(record("ito", (20, 0), 20))
+    store.put(record("enresnet", (20, 0), 20, setting=ADAPTIVE))
+    with pytest.raises(InputError, match="no cell below .* the same attack, norm, ε, setting, n"):
+        compare("ito", "enresnet", "digits", store.root)
+
+
+@pytest.mark.parametrize("change", [{"attack_version": 2}, {"data": "1" * 16}], ids=str)
+def test_other_versions_of_an_attack_and_other_data_are_never_paired(store, change):
+    store.put(record())
+    store.put(record("pgd-at", **change))
+    with pytest.raises(InputError, match="no cell below"):
+        compare("standard", "pgd-at", "digits", store.root)
+
+
+def test_superseded_versions_are_left_out_and_counted(store):
+    """The old attack was better in its white box, the old defense worse: neither counts now."""
+    records = [
+        record("ito", (0, 0), 20, setting=WHITEBOX),
+        record("ito", (20, 0), 20, setting=ADAPTIVE, attack_version=2),
+        record("standard", (0, 0), defense_version="9", attack_version=2),
+        record("standard", (1, 1), defense_version="10", attack_version=2),
+    ]
+    *lines, last = table(store, "ito", "standard", *records)
+    assert [line[4:7] for line in lines] == [["adaptive EOT 20 / whitebox", "50.0", "100.0"]]
+    assert last == ["Left out: 2 records of older versions of a defense or an attack."]
 
 
 def test_a_setting_can_be_chosen(store):

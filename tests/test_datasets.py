@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robbench import datasets
-from robbench.datasets import from_tensors, load, stratified_order
+from robbench.datasets import fetching, from_tensors, load, stratified_order
 from robbench.errors import InputError
 
 # A change of either orphans every published record on digits.
@@ -42,8 +42,8 @@ def write_idx(file: Path, values: NDArray[np.uint8]) -> None:
     file.write_bytes(header + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
 
 
-def write_mnist(directory: Path, train: int = 120, test: int = 40) -> Path:
-    raw = directory / "MNIST" / "raw"
+def write_mnist(directory: Path, folder: str = "MNIST", train: int = 120, test: int = 40) -> Path:
+    raw = directory / folder / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, n in (("train", train), ("t10k", test)):
@@ -255,6 +255,31 @@ def test_broken_mnist_names_the_file(tmp_path: Path, name: str, content: bytes) 
         assert "\n" not in str(caught.value)
 
 
+def test_fashion_mnist_agrees_with_torchvision(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "FashionMNIST")
+    fashion = load("fashion-mnist", tmp_path)
+    theirs = torchvision.datasets.FashionMNIST(str(tmp_path), train=False)
+    assert torch.equal((fashion.test.x * 255).round().to(torch.uint8)[:, 0], theirs.data)
+    assert torch.equal(fashion.test.y, theirs.targets)
+    assert list(fashion.labels) == theirs.classes
+    assert [len(split.y) for split in (fashion.train, fashion.validation)] == [110, 10]
+    assert fashion.subset(5).hash[:16] == "8d1d22e202a7744f"
+    assert fashion.eps is datasets.SMALL_EPS and fashion.control == datasets.SMALL_CONTROL
+
+
+def test_idx_files_are_read_packed_and_unpacked(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "plain")
+    raw = write_mnist(tmp_path / "packed")
+    for file in list(raw.iterdir()):
+        (raw / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    assert load("mnist", tmp_path / "packed").hash == load("mnist", tmp_path / "plain").hash
+    packed = raw / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(packed.read_bytes()[:500])
+    with pytest.raises(InputError, match="ubyte.gz is not a complete idx file"):
+        datasets.DATASETS["mnist"](tmp_path / "packed")
+
+
 def test_mnist_with_labels_that_do_not_fit(tmp_path: Path) -> None:
     labels = write_mnist(tmp_path) / "t10k-labels-idx1-ubyte"
     write_idx(labels, np.zeros(39, dtype=np.uint8))
@@ -265,20 +290,37 @@ def test_mnist_with_labels_that_do_not_fit(tmp_path: Path) -> None:
         load("mnist", tmp_path)
 
 
-def test_fetch_downloads_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
+)
+def test_fetch_downloads_idx_files(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, target = tmp_path / "server", tmp_path / "target"
     server.mkdir()
     resources = []
-    for file in write_mnist(tmp_path / "made").iterdir():
+    for file in write_mnist(tmp_path / "made", folder).iterdir():
         packed = gzip.compress(file.read_bytes())
         (server / f"{file.name}.gz").write_bytes(packed)
         resources.append((f"{file.name}.gz", hashlib.md5(packed).hexdigest()))
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    publisher = getattr(torchvision.datasets, folder)
+    monkeypatch.setattr(publisher, "resources", resources)
+    monkeypatch.setattr(fetching, "COUNTS", {name: (120, 40)})
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serve(server) as address:
-        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [address])
-        assert datasets.fetch("mnist", target) == target / "MNIST" / "raw"
-    assert load("mnist", target).hash == load("mnist", tmp_path / "made").hash
+        monkeypatch.setattr(publisher, "mirrors", [address])
+        assert datasets.fetch(name, target) == target / folder / "raw"
+    assert load(name, target).hash == load(name, tmp_path / "made").hash
+    packed = target / folder / "raw" / "t10k-labels-idx1-ubyte.gz"
+    packed.write_bytes(gzip.compress(b"another"))
+    with pytest.raises(InputError, match="is not the published file"):
+        datasets.fetch(name, target)
+
+
+def test_fetch_of_mnist_with_images_missing(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    with pytest.raises(InputError, match="mnist has 120 training and 40 test images in .* but 600"):
+        datasets.fetch("mnist", tmp_path)
 
 
 def test_fetch_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,12 @@ SHAPE, LABELS = (1, 8, 8), 10
 NAMES = list(registry.defenses)
 RESIDUAL = "resnet8(width=4)"
 PRESETS = [(name, preset) for name in NAMES for preset in registry.defenses.get(name).presets]
-FIELDS = [(name, field) for name in NAMES for field in registry.defenses.get(name).model_fields]
+FIELDS = [
+    (name, field)
+    for name in NAMES
+    for field in registry.defenses.get(name).model_fields
+    if field != "members" or not registry.defenses.get(name).wraps
+]
 NOISE_FREE = ["ito(omega=0, members=1, draws=1)", "ito(members=1, draws=1, noise=false)"] + [
     f"enresnet(members=1, {off})" for off in ("a=0", "a=0, variance=batch", "noise=false")
 ]
@@ -76,15 +81,19 @@ def test_a_preset_survives_being_written_as_text(name, preset):
     fields = registry.defenses.get(name).presets[preset]
     spec = with_preset(name, *preset.split(":")) if ":" in preset else with_preset(name, preset, "")
     assert canonical(str(spec)) == spec
-    assert resolve(str(spec)) == resolve(spec) == (registry.defenses.get(name)(**fields),)
+    (configured,) = resolve(str(spec))
+    assert (configured,) == resolve(spec)
+    # a base takes the preset too, so it may say more than the field
+    assert configured == registry.defenses.get(name)(**{**fields, "base": configured.base})
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_what_is_given_wins_over_the_preset(name, preset):
     spec = with_preset(f"{name}(epochs=7, network={RESIDUAL})", preset, "")
     configured, plain = resolve(spec)[0], registry.defenses.get(name).presets[preset]
+    given = {"epochs": 7, "network": RESIDUAL}
     assert (configured.epochs, configured.network) == (7, RESIDUAL)
-    assert configured == registry.defenses.get(name)(**{**plain, "epochs": 7, "network": RESIDUAL})
+    assert configured == registry.defenses.get(name)(**plain | given | {"base": configured.base})
 
 
 def test_the_preset_of_the_dataset_precedes_the_general_one():
@@ -96,21 +105,24 @@ def test_the_preset_of_the_dataset_precedes_the_general_one():
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_a_preset_builds_members_for_32_by_32_images(name, preset):
-    spec = with_preset(f"{name}(members=2)", preset, "")
+    wraps = registry.defenses.get(name).wraps
+    spec = with_preset(name if wraps else f"{name}(members=2)", preset, "")
     with torch.device("meta"):  # the shapes of all layers without their memory
-        members = resolve(spec)[0].build((3, 32, 32), LABELS)
-        assert [member.eval()(torch.zeros(3, 3, 32, 32)).shape for member in members] == [
-            (3, 10)
-        ] * 2
+        defense = resolve(spec)[0]
+        members = defense.build((3, 32, 32), LABELS)
+        assert len(members) == (sum(base.members for base in defense.bases()) if wraps else 2)
+        for member in members:
+            assert member.eval()(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
 
 
 @pytest.mark.parametrize("network", networks.NETWORKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_is_taken_or_refused_in_one_line(name, network):
-    defense = resolve(f"{name}(network={network}, members=1)")[0]
+    wraps = registry.defenses.get(name).wraps
+    defense = resolve(f"{name}(network={network}{'' if wraps else ', members=1'})")[0]
     with torch.device("meta"):
         try:
-            assert len(defense.build((3, 32, 32), LABELS)) == 1
+            assert len(defense.build((3, 32, 32), LABELS)) == (len(defense.bases()) if wraps else 1)
         except InputError as error:
             assert network in str(error)
             assert "\n" not in str(error)
@@ -130,6 +142,8 @@ def test_noise_in_residual_blocks_needs_residual_blocks(name, network):
     + ["adversarial=pgd(eps=8)", "adversarial=pgd(norm=l0)", "adversarial=fgsm(steps=3)"],
 )
 def test_values_that_cannot_be_meant_are_refused(name, wrong):
+    if wrong == "epochs=0" and registry.defenses.get(name).wraps:
+        wrong = "epochs=0, base=none"  # what goes around a base may leave its weights alone
     with pytest.raises(InputError, match=wrong.partition("=")[0]):
         resolve(f"{name}({wrong})")
 
@@ -151,6 +165,7 @@ def changed(name, field):
     cls = registry.defenses.get(name)
     value, annotation = cls.model_fields[field].default, cls.model_fields[field].annotation
     named = {"network": RESIDUAL, "base": "pgd-at(epochs=2)", "adversarial": "pgd(eps=0.125)"}
+    named["detector"] = "non-me"
     if field in named:
         return named[field]
     if isinstance(value, bool):
@@ -159,7 +174,9 @@ def changed(name, field):
         return next(option for option in get_args(annotation) if option != value)
     if isinstance(value, tuple):
         return value[:-1]
-    return value + 1 if isinstance(value, int) else value + 0.125
+    if isinstance(value, int) or value > 1:
+        return value + 1
+    return value / 2 or 0.125
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +186,8 @@ def digits():
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_a_field_is_in_the_key_unless_it_only_matters_at_inference(name, field, digits):
-    defense = resolve(canonical(name).with_settings({field: changed(name, field)}))[0]
+    needed = {"detector": "lid"} if field == "fpr" else {}
+    defense = resolve(canonical(name).with_settings({**needed, field: changed(name, field)}))[0]
     same_key = key_of(defense, digits, 0) == key_of(resolve(name)[0], digits, 0)
     assert same_key == (INFERENCE in type(defense).model_fields[field].metadata)
 
@@ -177,7 +195,7 @@ def test_a_field_is_in_the_key_unless_it_only_matters_at_inference(name, field, 
 def test_ito_votes_and_draws_are_decided_at_inference():
     fields = registry.defenses.get("ito").model_fields
     marked = {name for name, field in fields.items() if INFERENCE in field.metadata}
-    assert marked == {"draws", "ballot", "quorum", "noise"}
+    assert marked == {"draws", "ballot", "quorum", "noise", "detector", "fpr"}
 
 
 @given(

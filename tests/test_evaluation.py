@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +17,9 @@ from PIL import Image
 from torch import nn
 
 import robbench
-from robbench import datasets
+from robbench import datasets, registry
 from robbench.attacks.losses import Votes
+from robbench.evaluation import _placed
 from robbench.records import Store
 from robbench.rules import MeanLogits, Vote
 
@@ -296,6 +301,77 @@ def test_a_cell_that_fails_is_a_record_and_no_exception(linear):
     assert "failed" in str(result) and list(result.frame().status) == ["failed"]
 
 
+@pytest.fixture
+def plugin(monkeypatch):
+    """Registers a function as an attack until the end of the test."""
+    list(registry.attacks)  # the native ones are registered first
+    monkeypatch.setattr(registry.attacks, "_entries", dict(registry.attacks._entries))
+    return lambda name, run: robbench.attack(name, norms=("linf",))(run)
+
+
+def refusing(access, x, y, threat, rng):
+    raise robbench.InputError("needs colours")
+
+
+def test_what_is_refused_while_others_run_is_a_record_beside_theirs(network, plugin, tmp_path):
+    plugin("refusing", refusing)
+    options = {"attack": ["refusing", "fgsm"], "out": tmp_path}
+    for _ in range(2):  # also where the others had finished before
+        found = {record.cell.attack: record for record in quick(network, **options).records}
+        assert (found["refusing"].status, found["refusing"].reason) == ("failed", "needs colours")
+        assert found["fgsm"].status == "ok"
+
+
+def test_what_is_refused_alone_is_an_input_error(network, plugin, tmp_path):
+    plugin("refusing", refusing)
+    with pytest.raises(robbench.InputError, match="^needs colours$"):
+        quick(network, attack="refusing", eps=["0.1", "0.2"], out=tmp_path)
+    assert list(Store(tmp_path).all()) == []
+
+
+def stuck(access, x, y, threat, rng):
+    """Takes every error for its own and tries again."""
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
+def test_a_stuck_attack_on_a_model_of_the_caller_is_interrupted(network, plugin):
+    plugin("stuck", stuck)
+    before = signal.getsignal(signal.SIGALRM)
+    records = quick(network, attack=["stuck", "fgsm"], timeout=2).records
+    assert {record.cell.attack: record.reason for record in records} == {
+        "stuck": "TimeoutError: not done after 2 s",
+        "fgsm": None,
+    }
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_timeout_that_could_not_be_kept_is_refused(network):
+    caught = []
+
+    def elsewhere():
+        try:
+            quick(network, timeout=60)
+        except robbench.InputError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert len(caught) == 1 and "only in the main thread" in caught[0]
+
+
+def test_a_model_on_another_device_is_copied_to_the_one_that_is_asked_for(network, digits):
+    """The device `meta` stands for an accelerator: it is always there."""
+    deployed = robbench.deploy(network, digits, device="cpu")
+    moved = _placed(deployed, torch.device("meta"))
+    assert {each.device.type for each in moved.deployed.state_dict().values()} == {"meta"}
+    assert {each.device.type for each in deployed.deployed.state_dict().values()} == {"cpu"}
+    assert _placed(deployed, torch.device("cpu")) is deployed
+
+
 # ------------------------------------------------------------------------------- what it refuses
 
 
@@ -352,6 +428,7 @@ BAD = {
     "an unknown norm": ({"norm": "l3"}, "unknown norm"),
     "too many images": ({"n": 501}, "has 500 images"),
     "no oracle": ({"setting": "transfer"}, "needs an oracle"),
+    "no time": ({"timeout": -1}, "timeout = -1: write a positive number of seconds"),
     "an unknown device": ({"device": "tpu"}, "unknown device 'tpu'"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from robbench import datasets, executors, registry
+from robbench import datasets, registry, workers
 from robbench.cli import cli
 from robbench.errors import InputError
 from robbench.executors import Outcome, Task, execute, measure, plan
@@ -41,6 +42,20 @@ def dying(access, x, y, threat, rng):
         note.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return x
+'''
+STUCK = '''
+import time
+from robbench.attacks import attack
+
+
+@attack("stuck", norms=("linf",))
+def stuck(access, x, y, threat, rng, *, steps: int = 10_000):
+    """Takes no notice of anything."""
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
 '''
 
 
@@ -141,27 +156,34 @@ def test_cells_that_share_their_adversarial_examples_are_one_task(digits, shared
     assert len(task.cells) == 2
 
 
-@pytest.fixture(scope="module")
-def both_ways(digits, trained, tmp_path_factory):
-    """The same cells in two processes, one of which dies on the way, and in this one.
-
-    The attack `dying` is a plugin, so that a fresh process finds it by its entry point.
-    """
-    folder = tmp_path_factory.mktemp("plugin")
-    (folder / "dying_plugin.py").write_text(DYING)
-    metadata = folder / "dying_plugin-1.0.dist-info"
+@contextlib.contextmanager
+def installed(folder, name, code):
+    """An attack as a package of its own, so that a fresh process finds it by its entry point."""
+    (folder / f"{name}_plugin.py").write_text(code)
+    metadata = folder / f"{name}_plugin-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: dying-plugin\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[robbench.attacks]\ndying = dying_plugin:dying\n")
-    shared = Shared(folder, None, torch.device("cpu"))
-    threads = torch.get_num_threads()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n"
+    )
+    (metadata / "entry_points.txt").write_text(
+        f"[robbench.attacks]\n{name} = {name}_plugin:{name}\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        patch.setenv("DYING_NOTE", str(folder / "note"))
         list(registry.attacks)  # the native ones are registered first
         patch.setattr(registry.attacks, "_entries", dict(registry.attacks._entries))
-        import dying_plugin  # noqa: F401
+        importlib.import_module(f"{name}_plugin")
+        yield patch
 
+
+@pytest.fixture(scope="module")
+def both_ways(digits, trained, tmp_path_factory):
+    """The same cells in two processes, one of which dies on the way, and in this one."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shared = Shared(folder, None, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    with installed(folder, "dying", DYING) as patch:
+        patch.setenv("DYING_NOTE", str(folder / "note"))
         attacks = "dying,fgsm,pgd(steps=3)"
         grid = cells(digits, defense=f"{TINY},{NOISY}", attack=attacks, eps="0.1,0.2")
         torch.set_num_threads(2)  # the record tells what the workers have
@@ -185,6 +207,13 @@ def test_several_processes_and_one_make_the_same_records(both_ways):
     parallel, serial = ([content(record) for record in records] for records in both_ways)
     assert sorted(parallel, key=str) == sorted(serial, key=str)
     assert {record["provenance"]["threads"] for record in parallel} == {1}
+
+
+def test_a_stuck_attack_is_ended_with_its_process(digits, trained, tmp_path):
+    shared = Shared(tmp_path, None, torch.device("cpu"))
+    with installed(tmp_path, "stuck", STUCK):
+        (record,) = measure(cells(digits, attack="stuck"), None, shared, timeout=0.5)
+    assert (record.status, record.reason) == ("failed", "TimeoutError: not done after 0.5 s")
 
 
 def test_a_killed_run_goes_on_where_it_was(trained, tmp_path):
@@ -227,7 +256,7 @@ class Broken(BrokenProcessPool):
 
 class FakePool:
     """A pool whose tasks end one after the other, oldest first; those called `killer…` break it as
-    often as their label says, and with it all that is running."""
+    often as their label says, and with it all that is running; those called `slow…` are ended."""
 
     started: list[str] = []
     beside: list[int] = []  # how many were running at each start
@@ -235,7 +264,7 @@ class FakePool:
     def __init__(self, workers, shared):
         self.executor, self.running, self.broken = self, {}, False
 
-    def submit(self, work, task):
+    def submit(self, work, task, timeout):
         if self.broken:
             raise Broken
         FakePool.started.append(task.id)
@@ -255,7 +284,9 @@ class FakePool:
 
     def finish(self, future):
         task = self.running.pop(future)
-        if task.id.startswith("killer") and FakePool.started.count(task.id) <= int(task.label):
+        self.late = task.id.startswith("slow")
+        kills = task.id.startswith("killer")
+        if self.late or (kills and FakePool.started.count(task.id) <= int(task.label)):
             self.broken = True
             for each in (future, *self.running):
                 each.set_exception(Broken())
@@ -263,8 +294,12 @@ class FakePool:
             future.set_exception(TypeError("cannot pickle"))
         else:
             reason = "diverged" if task.id.startswith("bad") else None
-            mistake = "no such folder" if task.id.startswith("mistake") else None
+            mistake = task.id.startswith("mistake")
+            reason = "no such folder" if mistake else reason
             future.set_result(Outcome(task, reason=reason, mistake=mistake))
+
+    def overdue(self, task):
+        return self.late and task.id.startswith("slow")
 
     def drain(self, by_id, report):
         pass
@@ -279,14 +314,14 @@ class FakePool:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Runs tasks in a fake pool of two and returns id -> outcome."""
-    monkeypatch.setattr(executors, "_Pool", FakePool)
-    monkeypatch.setattr(executors, "wait", FakePool.wait)
+    monkeypatch.setattr(workers, "_Pool", FakePool)
+    monkeypatch.setattr(workers, "wait", FakePool.wait)
     monkeypatch.setattr(FakePool, "started", [])
     monkeypatch.setattr(FakePool, "beside", [])
     shared = Shared(tmp_path, None, torch.device("cpu"))
 
     def run(*tasks):
-        outcomes = list(execute(tasks, shared, 2, lambda task, done, total: None))
+        outcomes = list(execute(tasks, shared, 2, lambda task, done, total: None, 3.0))
         assert len(outcomes) == len(tasks)
         return {outcome.task.id: outcome for outcome in outcomes}
 
@@ -315,10 +350,22 @@ def test_suspects_run_alone_and_then_all_run_side_by_side_again(fake):
     assert list(zip(FakePool.started, FakePool.beside, strict=True)) == [
         ("killer", 0),
         ("innocent 0", 1),
-        ("innocent 0", 0),
         ("killer", 0),
+        ("innocent 0", 0),
         ("innocent 1", 0),
         ("innocent 2", 1),
+    ]
+
+
+def test_what_ran_beside_an_overdue_task_runs_again_and_is_not_suspect(fake):
+    found = fake(task("slow"), task("innocent 0"), task("innocent 1"))
+    assert found["slow"].reason == "TimeoutError: not done after 3 s"
+    assert [found[f"innocent {k}"].reason for k in range(2)] == [None, None]
+    assert list(zip(FakePool.started, FakePool.beside, strict=True)) == [
+        ("slow", 0),
+        ("innocent 0", 1),
+        ("innocent 0", 0),
+        ("innocent 1", 1),
     ]
 
 
@@ -335,7 +382,7 @@ def test_a_worker_that_dies_while_it_is_idle_is_nobodys_fault(fake, monkeypatch)
         pools[-1].broken = len(pools) == 1
         return pools[-1]
 
-    monkeypatch.setattr(executors, "_Pool", broken_at_first)
+    monkeypatch.setattr(workers, "_Pool", broken_at_first)
     found = fake(task("a"), task("b"))
     assert [outcome.reason for outcome in found.values()] == [None, None]
     assert len(pools) == 2
@@ -354,6 +401,13 @@ def test_what_is_built_on_a_failed_training_shares_its_outcome(fake, first):
         assert (found[name].reason, found[name].mistake) == (cause.reason, cause.mistake)
         assert name not in FakePool.started
     assert found["other"] == Outcome(found["other"].task)
+
+
+def test_a_training_of_a_target_is_waited_for_but_its_failure_is_not_shared(fake):
+    crafted = Task("crafted", "attack", "", 1.0, targets={"cell": frozenset(["bad target"])})
+    found = fake(crafted, task("bad target"))
+    assert FakePool.started == ["bad target", "crafted"]
+    assert found["crafted"].reason is None
 
 
 def test_tasks_wait_for_what_they_need(fake):
@@ -383,16 +437,55 @@ def test_a_failed_training_fails_its_cells_only(digits, shared, trained, monkeyp
     assert reasons == {"standard": f"{type(error).__name__}: {error}", TINY: None}
 
 
-def test_a_mistake_of_the_user_is_raised_after_the_others_finished(
+def test_a_mistake_of_the_user_fails_its_cells_after_the_others_finished(
     digits, shared, trained, monkeypatch
 ):
     asked = failing_deploy(monkeypatch, InputError("no room for the checkpoint"))
     store = Store(shared.out)
-    run = measure(cells(digits, defense=f"standard,{TINY}", attack="fgsm,pgd"), store, shared)
-    with pytest.raises(InputError, match="^no room for the checkpoint$"):
-        list(run)
-    assert [record.cell.defense for record in store.all()] == [TINY, TINY]
+    grid = cells(digits, defense=f"standard,{TINY}", attack="fgsm,pgd")
+    found = list(measure(grid, store, shared))
+    assert [record.reason for record in found] == [None] * 2 + ["no room for the checkpoint"] * 2
+    assert {record.id for record in store.all()} == {cell.id for cell in grid}
     assert asked.count("standard") == 1, "it is not trained once more for each attack"
+
+
+def test_a_mistake_that_lets_nothing_run_is_raised_and_leaves_no_record(
+    digits, shared, monkeypatch
+):
+    failing_deploy(monkeypatch, InputError("no room for the checkpoint"))
+    store, grid = Store(shared.out), cells(digits, defense="standard", attack="fgsm,pgd")
+    with pytest.raises(InputError, match="^no room for the checkpoint$"):
+        list(measure(grid, store, shared))
+    assert list(store.all()) == []
+    found = list(measure(grid, store, shared, strict=False))  # others finished at another time
+    assert {record.reason for record in found} == {"no room for the checkpoint"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("loss nan"), InputError("no room")])
+def test_a_target_that_cannot_be_trained_fails_its_own_cells_only(
+    digits, shared, trained, monkeypatch, error
+):
+    asked = failing_deploy(monkeypatch, error)
+    grid = cells(digits, defense=["standard", NOISY], setting="transfer", oracle=TINY)
+    assert len({cell.attack_key() for cell in grid}) == 1
+    found = {record.cell.defense: record for record in measure(grid, None, shared)}
+    failed = found.pop("standard")
+    assert failed.reason.removeprefix("RuntimeError: ") == str(error)
+    assert [record.status for record in found.values()] == ["ok"]
+    assert asked.count("standard") == 1
+
+
+def test_without_its_oracle_no_target_is_attacked(digits, shared, trained, monkeypatch):
+    failing_deploy(monkeypatch, RuntimeError("loss nan"))
+    grid = cells(digits, defense=[TINY, NOISY], setting="transfer", oracle="standard")
+    found = list(measure(grid, None, shared))
+    assert [record.reason for record in found] == ["RuntimeError: loss nan"] * 2
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_that_is_no_time_is_refused(digits, shared, timeout):
+    with pytest.raises(InputError, match="timeout = .*: write a positive number of seconds"):
+        list(measure(cells(digits), None, shared, timeout=timeout))
 
 
 def test_a_record_is_written_before_it_is_reported(digits, shared, trained):

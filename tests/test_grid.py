@@ -322,7 +322,7 @@ def test_mistakes_of_all_blocks_are_reported_with_file_and_key(tmp_path):
         "did you mean 'ito'?",
         f"{path}: grid[0]: attack is missing",
         f"{path}: grid[0]: unknown key 'atack'",
-        "did you mean 'attack' or 'dataset'?",
+        "did you mean 'attack'?",
         f"{path}: grid[1]: n = 'many': Input should be a valid integer, unable to parse string as"
         " an integer",
         f"{path}: grid[1]: defense is missing",

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 
 from robbench.errors import InputError
 from robbench.grid import Cell, Setting
-from robbench.records import Record, Store, _decode, read
+from robbench.records import Record, Store, _decode, newest, read, without_versions
 from robbench.threat import Threat
 
 N = 3
@@ -86,6 +86,10 @@ def with_array(data, *, raw=None, cut=0, **changes):
     if cut:
         value["zlib"] = base64.b64encode(base64.b64decode(value["zlib"])[:-cut]).decode()
     return data | {"ok": value}
+
+
+def transfer(version):
+    return Setting(kind="transfer", oracle="standard", oracle_version=version)
 
 
 @pytest.fixture
@@ -174,6 +178,41 @@ def test_a_file_of_another_schema_is_passed_over(store):
     assert read(path) is None
     assert list(store.all()) == []
     assert path.read_text() == text
+
+
+def test_a_file_of_another_schema_is_refused_and_not_overwritten(store):
+    path = store.put(record())
+    path.write_text('{"schema_version": 2}')
+    for use in (lambda: store.get(cell()), lambda: store.put(record())):
+        with pytest.raises(InputError, match="of another schema version .* left as it is; choose"):
+            use()
+    assert path.read_text() == '{"schema_version": 2}'
+    assert only_file(store) == path
+
+
+def test_a_broken_file_is_not_overwritten(store):
+    path = store.put(record())
+    path.write_text("{")
+    with pytest.raises(InputError, match="is broken"):
+        store.put(record())
+    assert path.read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"defense_version": "9"}, {"defense_version": "10"}),
+        ({"defense_version": "1"}, {"defense_version": "1<2"}),
+        ({"defense_version": "1&9"}, {"defense_version": "1&10"}),
+        ({"attack_version": 9}, {"attack_version": 10}),
+        ({"defense_version": "1", "attack_version": 2}, {"defense_version": "2"}),
+        ({"setting": transfer("9")}, {"setting": transfer("10")}),
+    ],
+    ids=str,
+)
+def test_the_newest_versions_supersede_the_others(older, newer):
+    old, new, other = record(cell(**older)), record(cell(**newer)), record(cell(**older, seed=1))
+    assert newest([new, other, old], without_versions) == [new, other]
 
 
 def test_a_write_that_is_killed_leaves_the_old_record(store, monkeypatch):

@@ -92,6 +92,8 @@ def test_specs_as_people_write_them(text, name, given):
         ("a & ", 5, "expected a name"),
         ("a(x='b)", 5, "expected a name"),
         ("a(x=3b)", 5, "expected a name"),
+        ("a[]", 3, "expected the number of a member"),
+        ("a[1", 4, "expected ']'"),
     ],
 )
 def test_an_error_points_at_its_place(text, at, problem):
@@ -101,6 +103,15 @@ def test_an_error_points_at_its_place(text, at, problem):
         f"cannot read the spec {text!r} at character {at}: {problem};"
         " write name or name(key=value, key=value)"
     )
+
+
+@pytest.mark.parametrize("text", ["adp[0]", "a(x=1)[12]", "a[1] & b(y=2)[0]", "a(x=b(y=1)[2])"])
+def test_one_member_of_an_ensemble_is_written_with_its_index(text):
+    assert str(Spec.parse(text)) == text
+
+
+def test_an_index_is_that_of_its_part():
+    assert [part.member for part in Spec.parse("a[1] & b").parts] == [1, None]
 
 
 def test_settings_are_replaced_and_added_in_order():

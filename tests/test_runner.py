@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robbench import datasets, registry, runner
+from robbench import datasets, judge, registry, runner
 from robbench.attacks import attack
 from robbench.checkpoints import Trained
 from robbench.deployed import Deployed
@@ -204,13 +204,28 @@ def test_an_attack_that_raises_fails_with_its_error(shared, plugin, error, reaso
     assert reason in record.reason
 
 
-def test_bad_input_found_by_an_attack_goes_to_the_user(shared, plugin):
+def test_bad_input_found_by_an_attack_is_the_reason_word_for_word(shared, plugin):
     def refusing(access, x, y, threat, rng):
         raise InputError("needs colours")
 
     plugin(refusing)
-    with pytest.raises(InputError, match="needs colours"):
-        run(shared)
+    record = run(shared)
+    assert (record.status, record.reason) == ("failed", "needs colours")
+
+
+def test_only_the_defenses_that_were_used_last_are_kept(shared, monkeypatch):
+    loaded = []
+
+    def deploy(self, spec, dataset, train_seed, device, progress):
+        loaded.append(spec)
+        return Trained(shared.models[PLAIN].deployed, (spec,))
+
+    monkeypatch.setattr(runner.Shelf, "deploy", deploy)
+    monkeypatch.setattr(runner, "KEPT", 2)
+    for spec in "abacab":  # b is loaded again: c came after it, a was used in between
+        assert shared.deploy(spec, shared.dataset("digits"), 0).keys == (spec,)
+        assert len(shared.trained) <= 2
+    assert loaded == ["a", "b", "c", "b"]
 
 
 def test_an_attack_that_writes_into_the_images_is_measured_against_the_true_ones(shared, plugin):
@@ -275,7 +290,7 @@ def test_an_attack_cannot_reach_the_scoring_draws(shared, plugin):
 def test_the_same_images_are_scored_on_draws_of_their_own(shared, plugin):
     plugin(unmoved)
     record = run(shared, defense=COIN)
-    assert record.draws == runner.SCORING_DRAWS
+    assert record.draws == judge.SCORING_DRAWS
     assert (record.ok != record.clean_ok).any(), "the draws of x are not those of x'"
     assert record.ok.mean() == pytest.approx(record.clean_ok.mean(), abs=1.5)
 

@@ -140,6 +140,24 @@ def test_failed_cells_are_rows_but_on_no_page():
     assert tables.pages("digits", [failed(), record()]) == tables.pages("digits", [record()])
 
 
+def test_a_page_leaves_out_older_versions_and_says_how_many():
+    old = [
+        record(cell(threat=Threat(eps=eps), attack_version=1), right=(0, 0, 0, 0))
+        for eps in ("1/10", "1/5")
+    ]
+    new = [record(cell(threat=Threat(eps=eps), attack_version=2)) for eps in ("1/10", "1/5")]
+    alone, both = tables.pages("digits", new), tables.pages("digits", old + new)
+    line = "Left out: 2 records of older versions of a defense or an attack."
+    assert both["digits.csv"] == alone["digits.csv"]
+    assert both["digits.md"].replace(f"{line}\n\n", "") == alone["digits.md"] != both["digits.md"]
+    assert "Left out" not in alone["digits.md"]
+    assert "Left out: 1 record of" in page(*old, new[0])
+
+
+def test_a_cell_whose_newest_version_failed_shows_no_older_number():
+    assert body(page(record(), failed(cell(attack_version=2)))) == []
+
+
 def test_an_empty_page_is_a_page():
     assert page(failed()).startswith("# digits\n")
 

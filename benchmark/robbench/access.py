@@ -176,7 +176,8 @@ class Access(nn.Module):
         after = random_state(self.device)
         leaf = _detached(join(draws, dim=0))
         values = loss(leaf, y, target)
-        by_draw = torch.autograd.grad(values.sum(), [t for t in leaf if t is not None])
+        leaves = [t for t in leaf if t is not None]  # of which the loss may use one
+        by_draw = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
         self.count(len(x), self.draws)
         total, start = torch.zeros_like(x), 0
         for size, state in zip(slices, states, strict=True):

@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
+from robbench.attacks.losses import Votes
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
+from robbench.detectors import Evasion, calibrate
 from robbench.errors import InputError
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.randomness import preserved_random_state
@@ -105,6 +107,10 @@ class Shelf:
             raise InputError(f"{text} is said to be deterministic, but its answers differ")
         losses = parts[0].losses if len(parts) == 1 else {}
         loss = next(iter(losses.values()), None)
+        if detector := parts[0].detector:  # that of all parts
+            seed = derive("detector", train_seed, *keys)
+            detected = calibrate(deployed, detector, parts[0].fpr, dataset, seed)
+            deployed.rule, loss = detected, Evasion(detected, loss or Votes())
         return Trained(deployed, tuple(keys), loss, tuple(weights))
 
     def members(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from robbench.defense import canonical, with_preset
 from robbench.errors import InputError
 from robbench.grid import KINDS, Cell
 from robbench.metrics import outcomes
-from robbench.records import Record, Store, read
+from robbench.records import Record, Store, newest, read
+from robbench.tables import Row, deterministic, left_out
 from robbench.threat import NORM_NAMES, format_eps
 
 
@@ -25,16 +26,25 @@ class Pair(NamedTuple):
 
 
 def compare(a: str, b: str, dataset: str, out: Path) -> str:
-    """The table of differences A - B with intervals and p-values, as text."""
+    """The table of differences A - B with intervals and p-values, as text.
+
+    a, b: two record files, or two sides `SPEC` or `SPEC@SETTING`. Without settings, each side of a
+    cell stands at the lowest accuracy of the settings that both allow.
+    """
+    superseded = 0
     if a.endswith(".json") and b.endswith(".json"):
         pairs = [Pair(_record(Path(a)), _record(Path(b)))]
     else:
-        records = [record for record in Store(out).all(dataset) if record.status == "ok"]
-        pairs = _pairs(_of(a, records, dataset), _of(b, records, dataset))
+        records = list(Store(out).all(dataset))
+        both = [_of(side, records, dataset) for side in (a, b)]
+        first, second = map(_current, both)
+        finished = {record.id for side in both for record in side if record.status == "ok"}
+        superseded = len(finished - {record.id for record in (*first, *second)})
+        pairs = _pairs(first, second, named="@" in a + b)
         if not pairs:
             raise InputError(
                 f"no cell below {out} was run on both {a} and {b} (dataset {dataset});"
-                " run both with the same attack, norm, ε, n and seeds"
+                " run both with the same attack, norm, ε, setting, n and seeds"
             )
     for pair in pairs:
         _check_images(pair)
@@ -43,7 +53,8 @@ def compare(a: str, b: str, dataset: str, out: Path) -> str:
     lines = [_line(pair, p, holm) for pair, p, holm in zip(pairs, p_values, adjusted, strict=True)]
     headers = ["attack", "norm", "ε", "n", "setting", "A %", "B %", "A - B (95 %)", "p", "Holm"]
     names = f"A = {pairs[0].a.cell.defense}\nB = {pairs[0].b.cell.defense}\n"
-    return names + tabulate(lines, headers, disable_numparse=True)
+    table = names + tabulate(lines, headers, disable_numparse=True)
+    return f"{table}\n{left_out(superseded)}" if superseded else table
 
 
 def _line(pair: Pair, p: float, holm: float) -> list[str]:
@@ -102,33 +113,73 @@ def _quick(name: str, dataset: str) -> str:
         return str(canonical(name))
 
 
-def _pairs(first: list[Record], second: list[Record]) -> list[Pair]:
-    """Cells that agree in all but defense and setting, each with its strongest setting."""
-    left, right = _strongest(first), _strongest(second)
-    pairs = [Pair(left[key], right[key]) for key in left if key in right]
+def _family(cell: Cell) -> tuple[object, ...]:
+    """What two cells of a defense have in common that differ in nothing but versions and in how
+    much the attacker knows of the defense."""
+    run = cell.n, cell.train_seed, cell.seed
+    return cell.data, cell.attack, cell.threat, *run, _access(cell)
+
+
+def _access(cell: Cell) -> str:
+    """What the attacker may ask: the defense itself, its answers, or an oracle."""
+    return cell.setting.oracle or ("queries" if cell.setting.kind == "blackbox" else "own")
+
+
+def _current(records: Iterable[Record]) -> list[Record]:
+    """Finished records, of one version in each family."""
+    return [record for record in newest(records, _family) if record.status == "ok"]
+
+
+def _pairs(first: Sequence[Record], second: Sequence[Record], named: bool) -> list[Pair]:
+    """The lowest outcomes of both sides in cells that agree in all but defense and setting.
+
+    named: a side's setting was chosen, so that settings are not held against each other.
+    """
+    left, right = _by_cell(first), _by_cell(second)
+    pairs = []
+    for key in left.keys() & right.keys():
+        mine, theirs = left[key], right[key]
+        if not named:
+            mine, theirs = _allowed(mine, theirs), _allowed(theirs, mine)
+        if mine and theirs:
+            pairs.append(Pair(min(mine, key=_rank), min(theirs, key=_rank)))
     return sorted(pairs, key=_order)
+
+
+def _by_cell(records: Iterable[Record]) -> dict[tuple[object, ...], list[Record]]:
+    """Only what the same version of an attack did is comparable."""
+    cells: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        versions = record.cell.attack_version, record.cell.setting.oracle_version
+        cells.setdefault((*_family(record.cell), *versions), []).append(record)
+    return cells
+
+
+def _allowed(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """Records in settings that the other side was attacked in, or could not be."""
+    settings = {other.cell.setting for other in others}
+    whole = any(map(_whole, others))
+    return [
+        record for record in records if whole or _whole(record) or record.cell.setting in settings
+    ]
+
+
+def _whole(record: Record) -> bool:
+    """Whether it stands for every setting of its own: the white box of a deterministic defense."""
+    cell = record.cell
+    return cell.setting.kind == "whitebox" and deterministic(Row(cell, None, record))
+
+
+def _rank(record: Record) -> tuple[object, ...]:
+    """The lowest outcome first, of equal ones that of the attacker who had more."""
+    setting = record.cell.setting
+    return outcomes(record).mean(), setting.kind != "adaptive", -setting.eot, record.id
 
 
 def _order(pair: Pair) -> tuple[object, ...]:
     cell = pair.a.cell
     norm = NORM_NAMES.index(cell.threat.norm)
-    return norm, cell.attack, str(cell.setting), cell.n, cell.threat.eps or 0, cell.id
-
-
-def _strongest(records: list[Record]) -> dict[tuple[object, ...], Record]:
-    kinds = ("blackbox", "transfer", "whitebox", "adaptive")
-
-    def strength(record: Record) -> tuple[int, int]:
-        return kinds.index(record.cell.setting.kind), record.cell.setting.eot
-
-    chosen: dict[tuple[object, ...], Record] = {}
-    for record in records:
-        cell = record.cell
-        family = cell.setting.oracle or ("queries" if cell.setting.kind == "blackbox" else "own")
-        key = (cell.attack, str(cell.threat), cell.n, cell.train_seed, cell.seed, family)
-        if key not in chosen or strength(record) > strength(chosen[key]):
-            chosen[key] = record
-    return chosen
+    return norm, cell.attack, _access(cell), cell.n, cell.threat.eps or 0, cell.id
 
 
 def _check_images(pair: Pair) -> None:

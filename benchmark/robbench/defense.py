@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from robbench import networks, registry
 from robbench.attacks import check_settings
+from robbench.detectors import DetectorSpec, Rate
 from robbench.errors import InputError, unknown
 from robbench.registry import Spec
 from robbench.rules import Draw, Loss, MeanProbabilities, Rule
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from robbench.datasets import Dataset
 
 D = TypeVar("D", bound="type[Defense]")
+# what `quick` does for 55,000 images it does for these, which nobody wrote a preset for
+AS_LARGE_AS = {name: "mnist" for name in ("fashion-mnist", "cifar10", "cifar100", "tiny-imagenet")}
 INFERENCE = "inference"  # marks a field that changes the decision, never the trained weights
 
 
@@ -34,6 +37,9 @@ class Defense(Optimisation):
     last hidden activations too. `wraps`: members are those of the base, each inside the module
     (with an attribute `network`) that prepare puts around it; nothing is trained unless
     epochs > 0.
+
+    detector: what refuses to answer, a spec of robbench.detectors such as k-density; fpr: the
+    share of clean images in [0, 1) that it may refuse, as 0.05 or 5%.
     """
 
     name: ClassVar[str]
@@ -49,6 +55,8 @@ class Defense(Optimisation):
     base: str | None = None  # the defense whose weights training starts from
     adversarial: AdversarialSpec = None
     draws: Annotated[int, Field(ge=1), INFERENCE] = 1
+    detector: Annotated[DetectorSpec | None, INFERENCE] = None
+    fpr: Annotated[Rate, INFERENCE] = 0.05
 
     @field_validator("base")
     @classmethod
@@ -56,12 +64,18 @@ class Defense(Optimisation):
         """Two ways to write a base must not become two trainings."""
         if base is None or base.startswith("torchvision:"):
             return base
+        if any(part.detector for part in resolve(base)):
+            raise ValueError("the detector of a base is never asked; give it to what builds on it")
         return str(canonical(base))
 
     @model_validator(mode="after")
     def _trained(self) -> Defense:
         if not self.epochs and self.base is None:
             raise ValueError("epochs = 0 keeps the weights of a base, and there is none")
+        if self.wraps and self.members != type(self).model_fields["members"].default:
+            raise ValueError("members are those of the base; write base=ensemble(members=3)")
+        if self.detector is None and self.fpr != type(self).model_fields["fpr"].default:
+            raise ValueError("fpr is what a detector refuses, and there is none; add detector=lid")
         return self
 
     @property
@@ -106,11 +120,15 @@ class Defense(Optimisation):
         """(N,) what training minimises: the criterion, where adversarial training wants it."""
 
         def minimised(x: Tensor, y: Tensor) -> Tensor:
-            return self.criterion(self.forward(members, x), y, x)
+            return self.loss_on(members, x, y)
 
         if self.adversarial is None:
             return minimised(batch.x, batch.y)
         return self.adversarial.loss(minimised, lambda x: self.scores(members, x), batch)
+
+    def loss_on(self, members: nn.ModuleList, x: Tensor, y: Tensor) -> Tensor:
+        """(N,) the criterion of one draw on these images; for what also needs the members."""
+        return self.criterion(self.forward(members, x), y, x)
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
         """(N,) the loss of one training draw of members on images x: base loss + regularisers."""
@@ -134,6 +152,10 @@ class Defense(Optimisation):
     def scores(self, members: nn.ModuleList, x: Tensor) -> Tensor:
         """(N, L) scores of one draw of the members by the decision rule, while training."""
         return self.rule().scores(self.forward(members, x))
+
+    def start_training(self, members: nn.ModuleList, steps: int) -> None:
+        """Called once before the first, or the first resumed, epoch of members that are trained
+        together; an epoch has so many steps."""
 
     def start_epoch(self, members: nn.ModuleList, epoch: int) -> None:
         """Called before every epoch, from 0, of members that are trained together."""
@@ -169,12 +191,24 @@ class Defense(Optimisation):
         if any(part.member is not None for part in spec.parts or (spec,)):
             raise InputError(f"base = {spec}: a base is a whole defense, not one member of it")
         if self.wraps:
-            return canonical(spec)
+            return canonical(self._on_network(spec))
         if spec.parts:
             raise InputError(f"{self.name} cannot start from {spec}: base is one defense, not two")
         if "network" not in dict(spec.settings):
             spec = spec.with_settings({"network": self.network})
         return canonical(spec)
+
+    def _on_network(self, spec: Spec) -> Spec:
+        """The base of a wrapper on the network that is given for the wrapper, if one is."""
+        if self.network == type(self).model_fields["network"].default:
+            return spec
+        parts = [
+            part
+            if "network" in dict(part.settings)
+            else part.with_settings({"network": self.network})
+            for part in spec.parts or (spec,)
+        ]
+        return spec.model_copy(update={"parts": tuple(parts)}) if spec.parts else parts[0]
 
     @property
     def spec(self) -> Spec:
@@ -208,10 +242,13 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
     """The configured defenses of a spec, one per part of `A & B`.
 
     Joined defenses decide together, over the members of all: by the rule that they share, else by
-    the mean softmax; their draws are the most that one of them takes.
+    the mean softmax; their draws are the most that one of them takes. They have one detector.
     """
     spec = Spec.parse(text)
-    return tuple(_configure(part) for part in (spec.parts or (spec,)))
+    parts = tuple(_configure(part) for part in (spec.parts or (spec,)))
+    if len({(part.detector, part.fpr) for part in parts}) > 1:
+        raise InputError(f"{spec}: all parts need the same detector and fpr, they decide together")
+    return parts
 
 
 def canonical(text: str | Spec) -> Spec:
@@ -240,7 +277,10 @@ def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
     if preset not in cls.presets:
         known = [key for key in cls.presets if ":" not in key]
         raise unknown(f"preset of {spec.name}", preset, known)
-    fields: dict[str, Any] = dict(cls.presets.get(f"{preset}:{dataset}", cls.presets[preset]))
+    keys = [f"{preset}:{dataset}", preset]
+    if preset == "quick" and dataset in AS_LARGE_AS:
+        keys.insert(1, f"quick:{AS_LARGE_AS[dataset]}")
+    fields: dict[str, Any] = dict(next(cls.presets[key] for key in keys if key in cls.presets))
     fields |= dict(spec.settings)
     base = fields.get("base", cls.model_fields["base"].default)
     if isinstance(base, str) and not base.startswith("torchvision:"):

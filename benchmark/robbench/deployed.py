@@ -85,7 +85,11 @@ class Deployed(nn.Module):
         return "call" if alike else "image"
 
     def sample(self, x: Tensor, draws: int, features: bool = False) -> Draw:
-        """S fresh draws of all members; one forward pass carries many draws where it may."""
+        """S fresh draws of all members; one forward pass carries many draws where it may.
+
+        With features also where the rule looks at them.
+        """
+        features = features or getattr(self.rule, "features", False)
         outputs = [
             self._sample(member, kind, x, draws, features)
             for member, kind in zip(self.members, self.randomness, strict=True)
@@ -143,10 +147,10 @@ class Deployed(nn.Module):
         decisions = []
         for start in range(0, times, group):
             count = min(group, times - start)
-            logits = self.draw(x, count * self.draws).logits
-            if bool((logits.isnan() | logits.isposinf()).any()):
+            draw = self.draw(x, count * self.draws)
+            if bool((draw.logits.isnan() | draw.logits.isposinf()).any()):
                 raise FloatingPointError("the defense answers with NaN logits")
-            decisions += [self.rule.decide(call) for call in split(Draw(logits), self.draws)]
+            decisions += [self.rule.decide(call) for call in split(draw, self.draws)]
         return torch.stack(decisions)
 
     def retried(self, run: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     """
     options = sorted(known)
     folded = [option.lower() for option in options]
-    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.55)
     near = [options[folded.index(match)] for match in close]
     if near:
         advice = f"did you mean {' or '.join(repr(option) for option in near)}?"

@@ -17,12 +17,13 @@ from robbench import registry, tables
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset, from_tensors
 from robbench.deployed import Deployed
+from robbench.environment import choose_device
 from robbench.errors import InputError
 from robbench.executors import measure
 from robbench.grid import MODEL, Block, Cell, invalid
 from robbench.records import Record, Store
 from robbench.rules import Loss, MeanProbabilities, Rule
-from robbench.runner import Shared, choose_device
+from robbench.runner import Shared
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,6 +127,7 @@ def evaluate(
     preset: str = "quick",
     device: str = "auto",
     workers: int = 1,
+    timeout: float | None = None,
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Evaluation:
@@ -135,7 +137,12 @@ def evaluate(
     a Dataset, or tensors (x, y) with x (N, C, H, W) in [0, 1]. eps in units of [0, 1], as '8/255'
     or 0.1. n: how many test images (default 500, or all). out: a folder to keep records in and to
     read finished ones from; by default nothing is written. workers: processes, for specs only.
-    Raises InputError for bad input. A cell that fails is a record with status 'failed'.
+    timeout: seconds, for each training and each shard of images (none by default); own models are
+    stopped when they come back to Python, specs run in processes that are ended.
+
+    Bad input that is found before anything runs is an InputError. A cell that fails, or turns out
+    to be bad input while others run, is a record with status 'failed' and a reason among the
+    other records; an InputError is raised only where bad input left no record but such ones.
     """
     folder = None if data_dir is None else Path(data_dir)
     data = _dataset(dataset, folder)
@@ -169,7 +176,7 @@ def evaluate(
     shared = Shared(
         Path(out) if out else Path("leaderboards"), folder, choose_device(device), given, models
     )
-    return Evaluation(_measured(cells, store, shared, workers))
+    return Evaluation(_measured(cells, store, shared, workers, timeout))
 
 
 def _dataset(dataset: Data, folder: Path | None) -> Dataset:
@@ -191,7 +198,10 @@ def _name(
     answers and can be read off: weights, layers, modes, rule, draws and loss."""
     if isinstance(item, str):
         return item
-    trained = item if isinstance(item, Trained) else deploy(item, data, device=device)
+    if isinstance(item, Trained):
+        trained = _placed(item, choose_device(device))
+    else:
+        trained = deploy(item, data, device=device)
     members = trained.deployed.members
     rule, loss = trained.deployed.rule, trained.loss
     modes = [module.training for module in members.modules()]
@@ -214,6 +224,13 @@ def _name(
     return name
 
 
+def _placed(trained: Trained, device: torch.device) -> Trained:
+    """The defense on the device where it is attacked: a copy, where that is another one."""
+    if trained.deployed.device.type == device.type:
+        return trained
+    return trained._replace(deployed=copy.deepcopy(trained.deployed).to(device))
+
+
 def _state(thing: object) -> list[object]:
     """What a layer or a loss holds beside its weights: plain attributes; a function's code and
     what it encloses."""
@@ -233,10 +250,15 @@ def _called(thing: object) -> str:
 
 
 def _measured(
-    cells: Iterable[Cell], store: Store | None, shared: Shared, workers: int
+    cells: Iterable[Cell],
+    store: Store | None,
+    shared: Shared,
+    workers: int,
+    timeout: float | None,
 ) -> list[Record]:
     known = {cell: store.get(cell) if store else None for cell in cells}
     missing = [cell for cell, record in known.items() if record is None]
-    for record in measure(missing, store, shared, workers):
+    strict = len(missing) == len(known)
+    for record in measure(missing, store, shared, workers, timeout=timeout, strict=strict):
         known[record.cell] = record
     return [record for record in known.values() if record is not None]

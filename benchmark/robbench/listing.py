@@ -20,12 +20,47 @@ WRAPPED = 60
 WIDTH = 100  # of every table, at most
 
 
-def defenses() -> str:
-    """Name, source, preset names and settings with their defaults of every defense."""
-    shared = sorted(Defense.model_fields)
-    parts = [_defense(name, shared) for name in registry.defenses]
-    parts.append(_indented("Settings of every defense: " + ", ".join(shared), 0))
-    return "\n\n".join(parts)
+def defenses(name: str | None = None) -> str:
+    """One line for each defense; of the one that is named, what it does and its settings."""
+    if name is not None:
+        registry.defenses.get(name)
+        shared = sorted(Defense.model_fields)
+        return "\n\n".join(
+            [
+                _defense(name, shared),
+                _indented("Settings of every defense: " + ", ".join(shared), 0),
+            ]
+        )
+    headers = ["defense", "source", "random", "decides by", "abstains", "detector", "presets"]
+    table = tabulate([_line(name) for name in registry.defenses], headers, disable_numparse=True)
+    legend = (
+        "random: two answers to one image may differ. All as the preset quick sets it;"
+        " 'robbench list defenses NAME' says more."
+    )
+    return f"{table}\n\n{_indented(legend, 0)}"
+
+
+def _line(name: str) -> list[str]:
+    cls = registry.defenses.get(name)
+    if not (isinstance(cls, type) and issubclass(cls, Defense)):
+        return [name, "not a Defense"]
+    quick = cls()
+    rule = quick.rule()
+    return [
+        name,
+        _brief(cls.source),
+        "yes" if quick.stochastic else "no",
+        str(rule),
+        "yes" if rule.abstains else "no",
+        quick.detector or "any",
+        " ".join(key for key in cls.presets if ":" not in key),
+    ]
+
+
+def _brief(source: str) -> str:
+    """'paper 003: Pang et al. 2019, arXiv:…' -> '003 Pang 2019'."""
+    first = source.removeprefix("paper ").partition(",")[0]
+    return textwrap.shorten(first.replace(":", "").replace(" et al.", ""), 20, placeholder="…")
 
 
 def _defense(name: str, shared: Collection[str]) -> str:
@@ -93,7 +128,10 @@ def datasets() -> str:
     lines += [[name, "plugin"] for name in registry.datasets if name not in data.DATASETS]
     lines.append(["folder:PATH", "an image folder or its tar.gz: train/CLASS/*, test/CLASS/*"])
     parts = [_table(lines, ["dataset", "where"], [None, WRAPPED])]
-    for names, budgets in (("digits, mnist", data.SMALL_EPS), ("folder", data.LARGE_EPS)):
+    for names, budgets in (
+        ("digits, mnist, fashion-mnist", data.SMALL_EPS),
+        ("all others", data.LARGE_EPS),
+    ):
         lists = [f"{norm} {', '.join(map(format_eps, eps))}" for norm, eps in budgets.items()]
         parts.append(_indented(f"default ε of {names}: {'; '.join(lists)}", 0))
     return "\n\n".join(parts)

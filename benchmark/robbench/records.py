@@ -7,8 +7,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,15 +123,27 @@ class Store:
 
     def get(self, cell: Cell) -> Record | None:
         """The finished record of a cell; None where there is none or only a failed one."""
-        path = self.path(cell)
+        record = self._there(self.path(cell))
+        return record if record is not None and record.status == "ok" else None
+
+    def _there(self, path: Path) -> Record | None:
+        """The record of a file that a cell may be written to; what this version cannot read is
+        an InputError, so that it is neither run in vain nor overwritten."""
         if not path.exists():
             return None
         record = read(path)
-        return record if record is not None and record.status == "ok" else None
+        if record is None:
+            raise InputError(
+                f"the record {path} is of another schema version (this robbench writes {SCHEMA});"
+                " it is left as it is; choose another folder with --out, or install the robbench"
+                " that wrote it"
+            )
+        return record
 
     def put(self, record: Record) -> Path:
         """Write under a temporary name and rename: a reader sees all of it or nothing."""
         path = self.path(record.cell)
+        self._there(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +172,37 @@ class Store:
             probe.unlink()
         except OSError as error:
             raise unwritable(self.folder, error) from None
+
+
+def newest(records: Iterable[Record], alike: Callable[[Cell], Hashable]) -> list[Record]:
+    """Of the records whose cells are alike, those of the newest versions, failed ones too.
+
+    A newer version of the defense counts first, then of the attack, then of the oracle.
+    """
+    listed = list(records)
+    latest: dict[Hashable, tuple[object, ...]] = {}
+    for cell in (record.cell for record in listed):
+        latest[alike(cell)] = max(_versions(cell), latest.get(alike(cell), ()))
+    return [record for record in listed if _versions(record.cell) == latest[alike(record.cell)]]
+
+
+def without_versions(cell: Cell) -> Cell:
+    """What is left of a cell when versions do not matter."""
+    setting = cell.setting.model_copy(update={"oracle_version": ""})
+    return cell.model_copy(update={"defense_version": "", "attack_version": 0, "setting": setting})
+
+
+def _versions(cell: Cell) -> tuple[object, ...]:
+    return (
+        _numbers(cell.defense_version),
+        cell.attack_version,
+        _numbers(cell.setting.oracle_version),
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2<1&10` by its numbers: as text, 10 would come before 2."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

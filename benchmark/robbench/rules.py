@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +28,13 @@ Loss = Callable[[Draw, Tensor, Tensor | None], Tensor]
 
 
 class Rule(Protocol):
-    """From draws to scores that attacks differentiate, and to the labels that count."""
+    """From draws to scores that attacks differentiate, and to the labels that count; str() is how
+    a table calls it."""
+
+    @property
+    def abstains(self) -> bool:
+        """Whether decide() may give no answer."""
+        ...
 
     def scores(self, draw: Draw) -> Tensor:
         """(N, L) logits, differentiable; with S = M = 1 the network's logits bit for bit."""
@@ -42,6 +48,11 @@ class Rule(Protocol):
 class MeanLogits:
     """The mean of the logits over draws and members."""
 
+    abstains: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return "mean logits"
+
     def scores(self, draw: Draw) -> Tensor:
         if draw.logits.shape[:2] == (1, 1):
             return draw.logits[0, 0]
@@ -53,6 +64,11 @@ class MeanLogits:
 
 class MeanProbabilities:
     """The mean of the softmax over draws and members, as its logarithm."""
+
+    abstains: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return "mean softmax"
 
     def scores(self, draw: Draw) -> Tensor:
         if draw.logits.shape[:2] == (1, 1):
@@ -77,6 +93,10 @@ class Vote(MeanProbabilities):
     nested: bool = False
     majority: bool = True
     strict: bool = True
+    abstains: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"{'nested ' * self.nested}{'majority' if self.majority else 'plurality'} vote"
 
     def decide(self, draw: Draw) -> Tensor:
         labels = draw.logits.shape[-1]

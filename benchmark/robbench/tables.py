@@ -14,7 +14,7 @@ from robbench.defense import resolve, shown
 from robbench.errors import InputError
 from robbench.grid import MODEL, Cell
 from robbench.metrics import Measure, Metrics, metrics, persistent
-from robbench.records import Record
+from robbench.records import Record, newest, without_versions
 from robbench.threat import NORM_NAMES, format_eps
 
 FOOTNOTE = (
@@ -107,7 +107,7 @@ def deterministic(row: Row) -> bool:
 
 def _own_loss(defense: str) -> bool:
     try:
-        return any(part.losses for part in resolve(defense))
+        return any(part.losses or part.detector for part in resolve(defense))
     except InputError:  # a plugin that is not installed; a model of the caller may have one
         return defense.startswith(MODEL)
 
@@ -130,15 +130,28 @@ def groups(made: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(title, list(group)) for title, group in groupby(made, heading)]
 
 
-def markdown(dataset: str, made: Sequence[Row]) -> str:
-    """The leaderboard page of a dataset; a pure function of the records."""
+def markdown(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
+    """The leaderboard page of a dataset; a pure function of the records.
+
+    superseded: how many records of older versions are left out.
+    """
     lines = [f"# {dataset}", ""]
     finished = [row for row in made if row.metrics is not None]
     lines += ["## Clean", "", _clean_table(finished), ""]
     for title, group in groups(finished):
         lines += [f"## {title}", "", _group_table(group), ""]
+    if superseded:
+        lines += [left_out(superseded), ""]
     lines += [FOOTNOTE, "", "Written by `robbench leaderboard` from records/; never edited.", ""]
     return "\n".join(lines)
+
+
+def left_out(superseded: int) -> str:
+    """The line below a table that leaves out records of older versions."""
+    return (
+        f"Left out: {superseded} {'record' if superseded == 1 else 'records'} of older versions of"
+        " a defense or an attack."
+    )
 
 
 def _cells(measure: Measure) -> str:
@@ -275,7 +288,12 @@ def page_name(dataset: str) -> str:
 
 
 def pages(dataset: str, records: Sequence[Record]) -> dict[str, str]:
-    """File name -> text of the generated pages of a dataset."""
-    made = [row for row in rows(records) if row.metrics is not None]
-    name = page_name(dataset)
-    return {f"{name}.md": markdown(dataset, made), f"{name}.csv": comma_separated(made)}
+    """File name -> text of the generated pages of a dataset: of every cell, whatever its versions,
+    the newest record, if it is a finished one."""
+    finished = [record for record in records if record.status == "ok"]
+    current = [record for record in newest(records, without_versions) if record.status == "ok"]
+    made, name = rows(current), page_name(dataset)
+    return {
+        f"{name}.md": markdown(dataset, made, len(finished) - len(current)),
+        f"{name}.csv": comma_separated(made),
+    }

@@ -343,6 +343,7 @@ class _Run:
         total = defense.epochs * self.steps
         self.optimizer, self.schedule = defense.stepper(list(group.parameters()), total)
         first, self.best = self._restore()
+        defense.start_training(group, self.steps)
         for epoch in range(first, defense.epochs):
             self._epoch(group, epoch, progress)
             self._save(epoch)

@@ -18,7 +18,7 @@ COMMANDS = {
     "leaderboard": ("robbench.cli.showing", "Write the tables of a folder from its records."),
     "compare": ("robbench.cli.showing", "Compare two defenses, paired, with p-values."),
     "verify": ("robbench.cli.running", "Run a record again and say whether it holds."),
-    "data": ("robbench.cli.showing", "Fetch a dataset and say where it is."),
+    "data": ("robbench.cli.data", "Fetch a dataset, check it, say where it is and what it holds."),
     "completion": ("robbench.cli.showing", "Print the completion script of a shell."),
 }
 

@@ -18,7 +18,7 @@ from robbench.errors import InputError
 
 BLOCK_OPTIONS = {
     "defense", "attack", "norm", "eps", "setting", "oracle", "eot", "target", "baseline", "dataset",
-    "count", "seeds", "train_seeds", "assignments",
+    "count", "seeds", "train_seeds", "assignments", "detector", "fpr",
 }  # fmt: skip
 
 if TYPE_CHECKING:
@@ -50,9 +50,16 @@ if TYPE_CHECKING:
 @click.option(
     "--train-seeds", type=click.IntRange(1), default=1, show_default=True, help="Trained models."
 )
+@click.option("--detector", help="confidence, non-me, k-density or lid, for --defense only.")
+@click.option("--fpr", help="Clean images that the detector may refuse.  [default: 5%]")
 @click.option("--set", "assignments", multiple=True, help="defense.KEY=V or attack.KEY=V.")
 @click.option("--grid", type=click.Path(path_type=Path), help="A YAML file instead of the above.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
+@click.option(
+    "--timeout",
+    type=float,
+    help="Seconds for each training and each shard of images.  [default: none]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON on stdout, no progress.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the table.")
 @common
@@ -72,9 +79,10 @@ def run_command(**options: Any) -> None:
     if any("torchattacks:" in attack for block in blocks for attack in block.attack):
         check_installation()  # torchattacks imports torchvision, which costs a second: see below
     from robbench.cli.terminal import Console
+    from robbench.environment import choose_device
     from robbench.executors import measure
     from robbench.records import Store
-    from robbench.runner import Shared, choose_device
+    from robbench.runner import Shared
     from robbench.tables import Row, rows
 
     shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
@@ -88,7 +96,16 @@ def run_command(**options: Any) -> None:
     console = Console(quiet=options["quiet"] or options["as_json"])
     workers = options["workers"] or os.cpu_count() or 1
     with console.progress(missing, shared) as progress:
-        for record in measure(missing, store, shared, workers, progress.report, progress.finished):
+        for record in measure(
+            missing,
+            store,
+            shared,
+            workers,
+            progress.report,
+            progress.finished,
+            timeout=options["timeout"],
+            strict=len(missing) == len(cells),
+        ):
             known[record.cell.id] = record
             progress.record(record)
     found = [record for record in known.values() if record is not None]
@@ -122,6 +139,8 @@ def _check_options() -> None:
         raise InputError("say what to attack: --defense ito (see 'robbench list defenses')")
     if "oracle" in given and "transfer" not in (context.params["setting"] or ""):
         raise InputError("--oracle is for the setting transfer; add --setting transfer")
+    if "fpr" in given and "detector" not in given:
+        raise InputError("--fpr is what a detector refuses; add --detector, such as k-density")
 
 
 def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
@@ -149,6 +168,7 @@ def _blocks(options: dict[str, Any]) -> list[Block]:
     if options["grid"]:
         return read_blocks(options["grid"])
     defense = _with_settings(options["defense"], "defense", options["assignments"])
+    defense = _with_detector(defense, options["detector"], options["fpr"])
     attack = _with_settings(options["attack"], "attack", options["assignments"])
     baseline = options["baseline"]
     names = ",".join([defense, *([] if baseline in ("none", "") else [baseline])])
@@ -197,6 +217,21 @@ def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
     return ",".join(str(spec.with_settings(settings)) for spec in specs)
 
 
+def _with_detector(text: str, detectors: str | None, fpr: str | None) -> str:
+    """Every spec of a comma list, in all its parts, with each detector of another one."""
+    from robbench.registry import Spec, split_list
+
+    specs = []
+    for spec in map(Spec.parse, split_list(text)):
+        for detector in split_list(detectors or ""):
+            settings: dict[str, object] = {"detector": None if detector == "none" else detector}
+            if fpr is not None and detector != "none":
+                settings["fpr"] = fpr
+            parts = [part.with_settings(settings) for part in spec.parts or (spec,)]
+            specs.append(" & ".join(map(str, parts)))
+    return ",".join(specs) or text
+
+
 def write_board(store: Any, dataset: str) -> None:
     """The generated pages of one dataset."""
     from robbench.records import unwritable
@@ -237,7 +272,8 @@ def train_command(
     from robbench.checkpoints import key_of
     from robbench.cli.terminal import Console
     from robbench.defense import resolve, with_preset
-    from robbench.runner import Shared, choose_device
+    from robbench.environment import choose_device
+    from robbench.runner import Shared
 
     shared = Shared(out, data_dir, choose_device(device))
     data: Dataset = registry.dataset(dataset, data_dir)
@@ -258,11 +294,12 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     RECORD is the path of a record's JSON file; checkpoints are looked up beside it.
     """
     check_installation()
+    from robbench.environment import choose_device
     from robbench.executors import measure
     from robbench.grid import MODEL
     from robbench.metrics import metrics
     from robbench.records import read
-    from robbench.runner import Shared, choose_device
+    from robbench.runner import Shared
 
     if not record.exists():
         raise InputError(f"there is no record {record}; give the path of a file below records/")

@@ -1,4 +1,4 @@
-"""Commands that show: list, leaderboard, compare, data, completion."""
+"""Commands that show: list, leaderboard, compare, completion."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ KINDS = ("defenses", "attacks", "datasets", "networks")
 
 @click.command("list")
 @click.argument("kind", type=click.Choice(KINDS), metavar="|".join(KINDS))
-def list_command(kind: str) -> None:
-    """List what specs can name, with what each can do."""
+@click.argument("name", required=False)
+def list_command(kind: str, name: str | None) -> None:
+    """List what specs can name, with what each can do; of defenses, one with its settings.
+
+    \b
+    robbench list defenses
+    robbench list defenses ito
+    """
     check_installation()
     from robbench import listing
 
-    click.echo(getattr(listing, kind)())
+    if name is None:
+        click.echo(getattr(listing, kind)())
+    elif kind == "defenses":
+        click.echo(listing.defenses(name))
+    else:
+        raise InputError(f"{kind} are listed all at once: write 'robbench list {kind}'")
 
 
 @click.command("leaderboard")
@@ -79,19 +90,6 @@ def compare_command(a: str, b: str, dataset: str, out: Path) -> None:
     from robbench.compare import compare
 
     click.echo(compare(a, b, dataset, out))
-
-
-@click.command("data")
-@click.argument("name")
-@click.option("--data-dir", type=click.Path(path_type=Path), envvar="ROBBENCH_DATA")
-def data_command(name: str, data_dir: Path | None) -> None:
-    """Fetch a dataset, check it by loading it, and say where it is."""
-    check_installation()
-    from robbench import datasets, registry
-
-    place = f", from {datasets.fetch(name, data_dir)}" if registry.is_built_in(name) else ""
-    loaded = registry.dataset(name, data_dir)
-    click.echo(f"{name}: {len(loaded.test.y)} test images, hash {loaded.hash[:16]}{place}")
 
 
 @click.command("completion")

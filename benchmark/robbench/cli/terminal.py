@@ -19,10 +19,10 @@ from robbench.tables import Row
 from robbench.threat import format_eps
 
 if TYPE_CHECKING:
-    from robbench.executors import Task
     from robbench.grid import Cell
     from robbench.records import Record
     from robbench.runner import Shared
+    from robbench.tasks import Task
 
 COLUMNS = (
     ("accuracy", "accuracy"),
@@ -47,7 +47,7 @@ class Console:
         elif not self.err.is_terminal:
             yield Lines(self.err, len(cells))
         else:
-            from robbench.executors import plan
+            from robbench.tasks import plan
 
             bars = Progress(
                 TextColumn("{task.description}"),

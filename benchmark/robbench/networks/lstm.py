@@ -34,11 +34,11 @@ class LSTM(Network):
         else:
             steps = x.flatten(2).transpose(1, 2)  # (N, H*W, C)
         # cuDNN gives no gradient for an LSTM in eval mode, where attacks need it; without dropout
-        # both modes compute the same.
+        # both modes compute the same. What a defense has put inside keeps its own mode.
         mode = self.recurrent.training
-        self.recurrent.train()
+        self.recurrent.training = True
         try:
             hidden, _ = self.recurrent(steps)  # (N, steps, D)
         finally:
-            self.recurrent.train(mode)
+            self.recurrent.training = mode
         return hidden[:, -1]

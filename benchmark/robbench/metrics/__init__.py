@@ -1,15 +1,21 @@
 """Accuracies with intervals, from records alone; the accounting for stochastic and abstaining
-defenses. All shares are per image, means over images are what is reported."""
+defenses. All shares are per image, means over images are what is reported.
+
+The measures of the papers are one module per subject, pure functions of tensors: diversity,
+detection, separation, distortion, gradcam, costs. Defenses and detectors use them too.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from robbench import statistics
-from robbench.records import Record
 from robbench.statistics import Interval
+
+if TYPE_CHECKING:  # detectors and losses use the measures, and records come after both
+    from robbench.records import Record
 
 
 class Measure(NamedTuple):

@@ -1,0 +1,62 @@
+"""Where cells run: the device, and what a record says of it and of the versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robbench.errors import InputError, unknown
+
+LIBRARIES = ("torch", "torchvision", "torchattacks", "adversarial-robustness-toolbox", "numpy")
+
+
+def choose_device(name: str) -> torch.device:
+    """auto takes cuda, then mps, then the CPU; what is not there is an InputError."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if name not in available:
+        raise unknown("device", name, ["auto", *available])
+    if not available[name]:
+        raise InputError(f"there is no {name} device here; write --device auto or --device cpu")
+    if name == "cuda":  # the same logits in every batch, and in every run
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return torch.device(name)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, for the record."""
+    return {
+        "robbench": importlib.metadata.version("robbench"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "commit": _commit(),
+    }
+
+
+@lru_cache
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from; None for an installed wheel."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
