@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from robbench.attacks.losses import Votes
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
 from robbench.networks.sampled import KINDS, Law, Masked, randomise
-from robbench.rules import MeanProbabilities, Rule, Vote
+from robbench.rules import Loss, MeanProbabilities, Rule, Vote
 
 
 class Dropping(Defense):
@@ -35,11 +36,23 @@ class Dropping(Defense):
     p: Annotated[float, Field(ge=0, lt=1)] = 0.2
     test: Annotated[Literal["mean", "sample", "vote"], INFERENCE] = "mean"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fifty(cls, given: Any) -> Any:
+        """A vote is one of 50 (section 6.1) unless draws says how many."""
+        if isinstance(given, dict) and given.get("test") == "vote":
+            return {"draws": 50, **given}
+        return given
+
     @model_validator(mode="after")
     def _several(self) -> Dropping:
         if self.test == "vote" and self.draws < 2:
             raise ValueError("test = vote asks several draws; write draws=50, or test=sample")
         return self
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
+        return {"vote": Votes()} if self.test == "vote" else {}
 
     @property
     def stochastic(self) -> bool:
@@ -59,8 +72,8 @@ class DropConnect(Dropping):
     is base=standard with epochs=0.
 
     test: `mean` weights, deterministic; `sample`: masks stay on, the mean softmax of `draws`
-    networks (what paper 002 scored, with 1); `vote`: the label of most draws, ties abstain; it is
-    attacked by pgd(loss=vote). p=0 is the plain network.
+    networks (what paper 002 scored, with 1); `vote`: the label of most of 50 draws, ties abstain.
+    p=0 is the plain network.
     """
 
     source: ClassVar[str] = "paper 002, section 4; Wan et al. 2013, DropConnect"
@@ -94,8 +107,8 @@ class Dropout(Dropping):
     base=standard with epochs=0.
 
     test: `mean`: off, deterministic; `sample`: kept on, the mean softmax of `draws` passes (Gal &
-    Ghahramani 2016, arXiv:1506.02142, section 4); `vote`: the label of most draws, ties abstain;
-    it is attacked by pgd(loss=vote). p=0 is the plain network.
+    Ghahramani 2016, arXiv:1506.02142, section 4); `vote`: the label of most of 50 draws, ties
+    abstain. p=0 is the plain network.
     """
 
     source: ClassVar[str] = "paper 002, section 4; Srivastava et al. 2014, Dropout"

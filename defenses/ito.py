@@ -62,7 +62,7 @@ class ItoEnsemble(Defense):
     """
 
     source: ClassVar[str] = "paper 001: anonymous, Robust Ensembles using Itô Processes"
-    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # adaptive.md, A.2: err goal
+    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # towards an error
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 1, "base": "standard(epochs=3)"},

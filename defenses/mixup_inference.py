@@ -95,7 +95,7 @@ class MixupInference(nn.Module):
 
 
 def mean_margin(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) margin of the logarithm of the mean softmax over the mixtures (adaptive.md, A.9)."""
+    """(N,) margin of the logarithm of the mean softmax over the mixtures."""
     return margin(MeanProbabilities().scores(draw), y, target)
 
 

@@ -45,7 +45,7 @@ class SimultaneousTraining(Defense):
     """K members on the same batches, sum of cross-entropies (eq. 1)."""
 
     source: ClassVar[str] = "paper 004: Huang et al. 2021, AAAI"
-    # adaptive.md, A.7: gradients that cancel in the mean do not cancel member by member
+    # gradients that cancel in the mean do not cancel member by member
     losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}
     # Rates and weight decay are the code's for the mean over K = 3 members, written for their sum.
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {

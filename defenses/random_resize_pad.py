@@ -89,7 +89,7 @@ class RandomResizePadding(Defense):
 
     source: ClassVar[str] = "Xie et al. 2018, arXiv:1711.01991"
     wraps: ClassVar[bool] = True
-    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # adaptive.md A.0: accuracy per draw
+    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # draw by draw
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 1, "base": "standard(epochs=3)"},

@@ -50,7 +50,7 @@ class ReverseCrossEntropy(Defense):
     """
 
     source: ClassVar[str] = "paper 003: Pang et al. 2018, arXiv:1706.00633"
-    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # adaptive.md, A.8: on -Z
+    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # on -Z
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},

@@ -79,7 +79,7 @@ class Smoothing(Defense):
     """
 
     source: ClassVar[str] = "Cohen et al. 2019, arXiv:1902.02918"
-    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # adaptive.md, A.0
+    losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # of a vote
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from robbench.attacks.losses import Votes
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.networks.sampled import Law, Masked, laws, randomise
-from robbench.rules import MeanLogits, Rule, Vote
+from robbench.rules import Loss, MeanLogits, Rule, Vote
 
 # Section 6.1; `paper:cifar10` is its ResNet-18. Its LSTM reads 784 pixels with 130 units:
 # network=lstm(hidden=130, sequence=pixels).
@@ -85,6 +86,14 @@ class StochasticDelta(Defense):
     biases: bool = True
     test: Annotated[Literal["mean", "sample", "vote"], INFERENCE] = "mean"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fifty(cls, given: Any) -> Any:
+        """A vote is one of 50 (section 6.1) unless draws says how many."""
+        if isinstance(given, dict) and given.get("test") == "vote":
+            return {"draws": 50, **given}
+        return given
+
     @model_validator(mode="after")
     def _several(self) -> StochasticDelta:
         if self.test == "vote" and self.draws < 2:
@@ -109,6 +118,10 @@ class StochasticDelta(Defense):
         for index, member in enumerate(members):
             spreads = {k: v for k, v in member.state_dict().items() if ".laws." in k}
             member.load_state_dict({**spreads, **sources[index % len(sources)].state_dict()})
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
+        return {"vote": Votes()} if self.test == "vote" else {}
 
     @property
     def stochastic(self) -> bool:
@@ -138,8 +151,8 @@ class SDRDecay(StochasticDelta):
     random too. base: its weights are the first means.
 
     test: `mean` (section 5.1: deterministic), `sample` (the mean logits of `draws` networks; the
-    code's way) or `vote` (the label of most draws, ties abstain; section 5.3.2). A vote is
-    attacked by pgd(loss=vote). beta=0 with initial=0 is the plain network.
+    code's way) or `vote` (the label of most of 50 draws, ties abstain; section 5.3.2). beta=0 with
+    initial=0 is the plain network.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
@@ -196,9 +209,9 @@ class SDRLearnable(StochasticDelta):
     are random too. base: its weights are the first means.
 
     test: `sample` (the mean logits of `draws` networks: 1 in the text's table 2, 10 in the code),
-    `vote` (the label of most draws, ties abstain; 50 in section 6.1) or `mean`, the deterministic
-    sibling to transfer from. The adaptive loss is the mean cross-entropy over EOT draws of one
-    sample (adaptive.md, A.3); a vote is attacked by pgd(loss=vote).
+    `vote` (the label of most draws, ties abstain; 50 as in section 6.1) or `mean`, the
+    deterministic sibling to transfer from. A sample is attacked by the mean cross-entropy over EOT
+    draws, a vote by the margins of its draws.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {

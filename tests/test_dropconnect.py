@@ -155,7 +155,15 @@ def test_the_scores_of_several_draws_are_their_mean_softmax(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_vote_of_one_is_refused(name):
     with pytest.raises(InputError, match="write draws=50"):
-        resolve(f"{name}(test=vote)")
+        resolve(f"{name}(test=vote, draws=1)")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_vote_is_one_of_fifty_and_attacked_as_a_vote(name):
+    configured = resolve(f"{name}(test=vote)")[0]
+    assert configured.draws == 50
+    assert list(configured.losses) == ["vote"]
+    assert not resolve(f"{name}(test=sample)")[0].losses
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -322,7 +322,15 @@ def test_the_average_of_k_draws_of_a_linear_model_nears_its_mean_as_one_over_roo
 @pytest.mark.parametrize("name", ["sdr-decay", "sdr-learnable"])
 def test_a_vote_of_one_is_refused(name):
     with pytest.raises(InputError, match="write draws=50"):
-        resolve(f"{name}(test=vote)")
+        resolve(f"{name}(test=vote, draws=1)")
+
+
+@pytest.mark.parametrize("name", ["sdr-decay", "sdr-learnable"])
+def test_a_vote_is_one_of_fifty_and_attacked_as_a_vote(name):
+    configured = resolve(f"{name}(test=vote)")[0]
+    assert configured.draws == 50
+    assert list(configured.losses) == ["vote"]
+    assert not resolve(f"{name}(test=sample)")[0].losses
 
 
 def test_adversarial_training_needs_no_code_of_its_own(dataset):

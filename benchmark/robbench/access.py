@@ -124,7 +124,7 @@ class Access(nn.Module):
 
     def score_loss(self, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Loss:
         """A loss on scores (N, L) of one call, averaged over draws the way the decision rule
-        averages; then the mean over the calls that the draws make (adaptive.md, A.0)."""
+        averages; then the mean over the calls that the draws make: each is one that counts."""
 
         def over_calls(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
             values = [loss(self.deployed.rule.scores(call), y, target) for call in self.calls(draw)]

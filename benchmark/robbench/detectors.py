@@ -305,9 +305,9 @@ class Evasion:
     without it, and where the prediction is wrong, minus `weight` times what the detector's score
     lacks to its threshold.
 
-    adaptive.md, A.8: the joint loss, with the switch of Bryniarski et al. 2021, arXiv:2106.15023,
-    instead of a search for the weight. Without it a normal-looking right answer is a trap: the
-    detector's term, which is steep, holds the image there.
+    The joint loss of Carlini & Wagner 2017, arXiv:1705.07263, with the switch of Bryniarski et al.
+    2021, arXiv:2106.15023, instead of a search for the weight. Without it a normal-looking right
+    answer is a trap: the detector's term, which is steep, holds the image there.
     """
 
     detected: Detected
