@@ -18,8 +18,13 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     """
     options = sorted(known)
     folded = [option.lower() for option in options]
-    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.55)
-    near = [options[folded.index(match)] for match in close]
+    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    likeness = [difflib.SequenceMatcher(None, match, name.lower()).ratio() for match in close]
+    near = [  # beside one that is nearly it, far ones would puzzle
+        options[folded.index(match)]
+        for match, ratio in zip(close, likeness, strict=True)
+        if ratio > likeness[0] - 0.25
+    ]
     if near:
         advice = f"did you mean {' or '.join(repr(option) for option in near)}?"
     else:
