@@ -58,6 +58,8 @@ class EnResNet(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},
+        "quick:cifar10": {"epochs": 3, "adversarial": "pgd(eps=8/255, steps=5)"},
+        "quick:folder": {"adversarial": "pgd(eps=8/255, steps=5)"},
         "paper": {**CIFAR_RECIPE, "adversarial": "pgd(eps=8/255, step=2/255, steps=10)"},
     }
 

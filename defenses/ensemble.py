@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from robbench.attacks.losses import Votes
+from robbench.attacks.losses import Scored, Votes
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.rules import Draw, Loss, MeanLogits, MeanProbabilities, Rule, Vote
 
@@ -29,7 +29,7 @@ RULES: Mapping[str, Rule] = {
 
 def attacked(decision: str) -> Mapping[str, Loss]:
     """What the attacker of a decision maximises: votes one by one; a mean, which has a gradient
-    of its own, by its cross-entropy. Adaptive.md, A.0 and A.10."""
+    of its own, by its cross-entropy."""
     return {"vote": Votes()} if isinstance(RULES[decision], Vote) else {}
 
 
@@ -120,4 +120,5 @@ class Joined(Defense):
 
     @property
     def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
-        return attacked(self.decision)
+        fades = any(base.losses for base in self.bases())  # a part's cross-entropy may be flat
+        return attacked(self.decision) or ({"margin": Scored(self.rule())} if fades else {})

@@ -60,10 +60,10 @@ class MixupInference(nn.Module):
         return switch(direct.detach().log_softmax(1), own, other, self.settings.gap) + steer
 
     def features(self, x: Tensor) -> Tensor:
-        if self.settings.variant == "combined":
+        if self.settings.variant != "ol":  # pl: what steers its gradient is added to the logits
             raise InputError(
-                "mixup-inference(variant=combined) has no hidden activations of its own;"
-                " write variant=ol or variant=pl"
+                f"mixup-inference(variant={self.settings.variant}) has no hidden activations of"
+                " its own; write variant=ol, or detector=confidence or non-me"
             )
         return self.network.features(x if self.training else self.mixture(x))  # type: ignore[operator]
 

@@ -24,6 +24,8 @@ class PGDAdversarialTraining(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},
+        "quick:cifar10": {"epochs": 3, "adversarial": "pgd(eps=8/255, steps=5)"},
+        "quick:folder": {"adversarial": "pgd(eps=8/255, steps=5)"},
         # paper 000, section 3.1: 10 steps of 2/255 in the ball of 8/255
         "paper": {**CIFAR_RECIPE, "adversarial": "pgd(eps=8/255, step=2/255, steps=10)"},
     }

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Votes
@@ -115,6 +115,12 @@ class Smoothing(Defense):
         network.normalize = NoisyNormalize(plain, self.sigma if self.noise else 0.0)
         return network
 
+    @model_validator(mode="after")
+    def _of_the_base(self) -> Smoothing:
+        if self.base is not None and self.members > 1:
+            raise ValueError("members are those of the base; write base=ensemble(members=3)")
+        return self
+
     @property
     def stochastic(self) -> bool:
         return (self.noise and self.sigma > 0) or any(base.stochastic for base in self.bases())
@@ -154,6 +160,13 @@ def certify(
             f"certify with sigma={sigma}, n0={n0}, n={n}, alpha={alpha}: write sigma > 0, n0 >= 1,"
             " n >= 1 and alpha between 0 and 1"
         )
+    for member in deployed.members:
+        noise = [m.sigma for m in member.modules() if isinstance(m, NoisyNormalize)]
+        if noise != [sigma]:
+            raise InputError(
+                f"certify with sigma={sigma}: a member has noise of {noise}, and a radius holds for"
+                " the noise under which votes are counted; write its sigma"
+            )
     chosen = _counts(deployed, x, n0).argmax(dim=1)
     counts = _counts(deployed, x, n)
     votes = counts.sum(dim=1).cpu().numpy()

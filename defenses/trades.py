@@ -30,6 +30,8 @@ class Trades(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 1},
+        "quick:cifar10": {"epochs": 1, "adversarial": "trades(eps=8/255, steps=5)"},
+        "quick:folder": {"adversarial": "trades(eps=8/255, steps=5)"},
         "paper": {
             **CIFAR_RECIPE,
             "network": "wideresnet34-10",

@@ -15,7 +15,8 @@ import torchvision
 from torch import nn
 
 from robbench import checkpoints, datasets, registry
-from robbench.checkpoints import Shelf, cache_folder, key_of
+from robbench.attacks.losses import Scored, Votes
+from robbench.checkpoints import Shelf, attacker_loss, cache_folder, key_of
 from robbench.datasets import Split
 from robbench.defense import resolve, shown, with_preset
 from robbench.errors import InputError
@@ -222,6 +223,40 @@ def test_the_base_is_trained_by_the_preset_of_the_dataset():
     spec = with_preset("ito(base=standard, epochs=2)", "quick", "mnist")
     assert resolve(spec)[0].base == "standard(epochs=3)"
     assert shown(str(spec), "mnist") == "ito(epochs=2)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "loss"),
+    [
+        ("standard & pgd-at", None),
+        ("mmc & mmc(dimension=64)", resolve("mmc")[0].losses["log-odds"]),
+        ("ito & ito(omega=0.3)", Votes()),
+    ],
+)
+def test_joined_defenses_are_attacked_by_what_fits_them(spec, loss):
+    assert attacker_loss(resolve(spec)) == loss
+
+
+@pytest.mark.parametrize("spec", ["mmc & standard", "smoothing & standard"])
+def test_defenses_with_losses_of_their_own_are_attacked_by_the_margin_of_both(spec):
+    loss = attacker_loss(resolve(spec))
+    assert isinstance(loss, Scored)
+    assert isinstance(loss.rule, MeanProbabilities)
+
+
+def test_the_same_weights_are_not_joined_twice():
+    with pytest.raises(InputError, match="joins the same weights twice"):
+        resolve("standard(epochs=2) & standard( epochs=2 )")
+    assert len(resolve("adp[0] & adp[1]")) == 2
+
+
+def test_a_pool_is_filled_before_training_looks_at_it(shelf, dataset):
+    base = "mixup(epochs=4, network=quick(width=2))"
+    spec = f"mixup-inference(base={base}, epochs=1, lr=1e-30, select=best, variant=pl)"
+    shelf.deploy(spec, dataset, 0, CPU)
+    path = shelf.find(key(spec, dataset))
+    point = json.loads(path.with_suffix(".json").read_text())["curve"][0]
+    assert point["selected_by"] > point["validation_accuracy"] - 0.15
 
 
 def test_a_defense_that_hides_its_randomness_is_refused(shelf, dataset, monkeypatch):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from robbench import checkpoints, datasets, executors, listing, networks, registry
 from robbench.attacks import art, attack, torchattacks
@@ -822,3 +823,18 @@ def test_lists_of_a_plain_class_of_a_plugin_do_not_fail(monkeypatch):
     monkeypatch.setattr(registry.defenses, "_entries", {"odd": np.ndarray})
     assert "odd  " in listing.defenses() and "not a Defense" in listing.defenses()
     assert listing.defenses("odd").startswith("odd\n")
+
+
+def test_a_training_that_diverges_is_one_line(robbench, tmp_path):
+    code, _, err = robbench("train", "--defense", "standard(lr=1e30, epochs=1, network=mlp)", "-q")
+    assert code == 1
+    assert err.startswith("robbench: training of standard diverged") and err.count("\n") == 1
+
+
+def test_one_label_is_no_dataset(robbench, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / "cat" / f"{index}.png")
+    code, _, err = robbench("run", "--defense", "standard", "--dataset", f"folder:{tmp_path}")
+    assert code == 2 and "has only the label cat; two are needed" in err

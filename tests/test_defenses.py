@@ -96,9 +96,27 @@ def test_what_is_given_wins_over_the_preset(name, preset):
     assert configured == registry.defenses.get(name)(**plain | given | {"base": configured.base})
 
 
+@pytest.mark.parametrize("name", ["pgd-at", "trades", "enresnet"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet", "folder:my/images"])
+def test_colour_images_are_trained_at_their_own_budget(name, dataset):
+    assert float(resolve(with_preset(name, "quick", dataset))[0].adversarial.eps) == 8 / 255
+
+
+@pytest.mark.parametrize("dataset", ["fashion-mnist", "cifar10", "tiny-imagenet"])
+def test_large_datasets_train_as_few_epochs_as_mnist(dataset):
+    for name in ("standard", "pgd-at", "rce", "ito"):
+        configured, mnist = (resolve(with_preset(name, "quick", d))[0] for d in (dataset, "mnist"))
+        assert configured.epochs == mnist.epochs
+
+
+def test_adversarial_training_without_training_is_refused():
+    with pytest.raises(InputError, match="epochs = 0 trains nothing"):
+        resolve("random-resize-pad(epochs=0, adversarial=fgsm)")
+
+
 def test_the_preset_of_the_dataset_precedes_the_general_one():
     assert resolve(with_preset("ito", "paper", "imagenet"))[0].members == 5
-    assert resolve(with_preset("ito & ito", "paper", "cifar10"))[1].members == 20
+    assert resolve(with_preset("ito & ito(omega=0.3)", "paper", "cifar10"))[1].members == 20
     with pytest.raises(InputError, match="did you mean 'paper'"):
         with_preset("ito", "papr", "imagenet")
 
@@ -186,9 +204,10 @@ def digits():
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_a_field_is_in_the_key_unless_it_only_matters_at_inference(name, field, digits):
-    needed = {"detector": "lid"} if field == "fpr" else {}
-    defense = resolve(canonical(name).with_settings({**needed, field: changed(name, field)}))[0]
-    same_key = key_of(defense, digits, 0) == key_of(resolve(name)[0], digits, 0)
+    needed = {"fpr": {"detector": "lid"}, "adversarial": {"epochs": 1}}.get(field, {})
+    plain = canonical(name).with_settings(needed)
+    defense = resolve(plain.with_settings({field: changed(name, field)}))[0]
+    same_key = key_of(defense, digits, 0) == key_of(resolve(plain)[0], digits, 0)
     assert same_key == (INFERENCE in type(defense).model_fields[field].metadata)
 
 

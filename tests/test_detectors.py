@@ -381,7 +381,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(options, message, capsys):
 
 def test_the_option_sets_the_detector_of_the_defense_and_not_of_the_baseline(capsys, tmp_path):
     options = ["--detector", "none,lid(k=5)", "--fpr", "10%", "--setting", "whitebox"]
-    options += ["--defense", f"rce({SPEC}) & rce({SPEC})", "--baseline", f"standard({SPEC})"]
+    options += ["--defense", f"rce({SPEC}) & standard({SPEC})", "--baseline", f"standard({SPEC})"]
     code, _ = run(capsys, *options, "--eps", "0.1", "--json", "--out", str(tmp_path))
     assert code == 0
     folders = {path.parent.name for path in tmp_path.glob("records/*/*/*.json")}

@@ -485,3 +485,8 @@ def test_a_name_tells_attributes_and_losses_apart(network, digits):
     ]
     result = robbench.evaluate(made, attack="fgsm", eps=0.1, n=10, setting="whitebox", device="cpu")
     assert len({record.cell.defense for record in result.records}) == len(made)
+
+
+def test_nothing_to_run_is_an_input_error():
+    with pytest.raises(robbench.InputError, match="nothing to run"):
+        robbench.evaluate("standard", setting="adaptive", n=4)

@@ -129,7 +129,8 @@ def test_the_vote_is_decided_or_refused_as_by_art(counts, alpha):
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_certificates_are_those_of_art(first, second, alpha):
     queue = [ballots(first), ballots(second)]
-    deployed = SimpleNamespace(labels=4, draw=lambda x, draws: queue.pop(0))
+    members = [smoothing.NoisyNormalize(Normalize((0.0,), (1.0,)), 0.5)]
+    deployed = SimpleNamespace(members=members, labels=4, draw=lambda x, draws: queue.pop(0))
     sizes = {"n0": 1, "n": 1}  # one call each; how many votes it holds is up to the queue
     ours = smoothing.certify(deployed, torch.zeros(1, 1, 2, 2), 0.5, alpha=alpha, **sizes)
     art = smoothed_by_art([first, second], alpha)
@@ -170,7 +171,9 @@ def test_more_draws_than_are_held_at_once_are_counted_once_each(half_spaces):
     deployed, x, _, _ = half_spaces
     sizes = []
     counted = SimpleNamespace(
-        labels=2, draw=lambda x, draws: sizes.append(draws) or deployed.draw(x, draws)
+        members=deployed.members,
+        labels=2,
+        draw=lambda x, draws: sizes.append(draws) or deployed.draw(x, draws),
     )
     smoothing.certify(counted, x, 0.25, n0=7, n=1203)
     assert (sizes[0], sum(sizes[1:]), max(sizes)) == (7, 1203, smoothing.AT_ONCE)
@@ -195,3 +198,16 @@ def test_copies_do_not_share_their_noise():
     assert Deployed(
         nn.ModuleList([network, deepcopy(network)]), MeanLogits(), SHAPE, LABELS
     ).randomness == ["image", "image"]
+
+
+@pytest.mark.parametrize("spec", ["smoothing(noise=false)", "smoothing(sigma=0.5)", "standard"])
+def test_a_radius_needs_the_noise_that_it_holds_for(spec):
+    defense = resolve(f"{spec.removesuffix(')')}{', ' if '(' in spec else '('}network=mlp)")[0]
+    deployed = Deployed(defense.build((1, 8, 8), 10).eval(), defense.rule(), (1, 8, 8), 10)
+    with pytest.raises(InputError, match=r"certify with sigma=0\.25: a member has noise of"):
+        smoothing.certify(deployed, torch.rand(2, 1, 8, 8), 0.25, n0=5, n=5)
+
+
+def test_members_of_a_smoothed_base_are_its_own():
+    with pytest.raises(InputError, match="members are those of the base"):
+        resolve("smoothing(base=standard, members=3)")

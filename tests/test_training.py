@@ -254,7 +254,7 @@ def test_a_diverged_training_keeps_the_last_good_state(dataset, tmp_path):
                 members[0].readout.weight.data.fill_(float("nan"))
 
     snapshot = tmp_path / "snapshot"
-    with pytest.raises(Diverged, match="epoch 3 is not a number; lower lr; the state before it is"):
+    with pytest.raises(Diverged, match="epoch 3 is not a number; lower lr; the last"):
         train(Late(**TINY | {"epochs": 4}), fresh(tiny("standard")), dataset, 0, CPU,
               snapshot=snapshot, saved_every=0)  # fmt: skip
     state = torch.load(snapshot, weights_only=True)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
-from robbench.attacks.losses import Votes
+from robbench.attacks.losses import Scored, Votes
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
@@ -28,7 +28,7 @@ from robbench.errors import InputError
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.randomness import preserved_random_state
 from robbench.registry import Spec
-from robbench.rules import Loss, MeanProbabilities, Rule
+from robbench.rules import Loss, MeanProbabilities, Rule, Vote
 from robbench.training import Curve, Progress, derive, train
 
 
@@ -68,6 +68,16 @@ def common_rule(rules: Sequence[Rule]) -> Rule:
     return first if alike else MeanProbabilities()
 
 
+def attacker_loss(parts: Sequence[Defense]) -> Loss | None:
+    """What the attacker who knows joined defenses maximises: the loss that they share, else what
+    fits the rule by which they decide together. None: cross-entropy, for parts without a loss."""
+    known = [next(iter(part.losses.values()), None) for part in parts]
+    if all(loss == known[0] for loss in known):
+        return known[0]
+    rule = common_rule([part.rule() for part in parts])
+    return Votes() if isinstance(rule, Vote) else Scored(rule)
+
+
 class Shelf:
     """Checkpoints in several folders: read from any, written to the last."""
 
@@ -105,8 +115,7 @@ class Shelf:
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
         if deployed.stochastic and not any(defense.stochastic for defense in parts):
             raise InputError(f"{text} is said to be deterministic, but its answers differ")
-        losses = parts[0].losses if len(parts) == 1 else {}
-        loss = next(iter(losses.values()), None)
+        loss = attacker_loss(parts)
         if detector := parts[0].detector:  # that of all parts
             seed = derive("detector", train_seed, *keys)
             detected = calibrate(deployed, detector, parts[0].fpr, dataset, seed)
@@ -153,6 +162,7 @@ class Shelf:
                 )
         self._start(defense, members, dataset, train_seed, device)
         members.to(device)
+        defense.calibrate(members, dataset)  # what is looked at while training needs it too
         snapshot = self.folders[-1] / f".{key}.partial"
         curve = train(defense, members, dataset, train_seed, device, progress, snapshot)
         defense.calibrate(members, dataset)
@@ -182,8 +192,8 @@ class Shelf:
             defense.start(members, sources)
         except RuntimeError:
             raise InputError(
-                f"{defense.name} cannot start from {defense.base}: the networks differ;"
-                f" give both the same network"
+                f"{defense.name} cannot start from {defense.base}: the networks differ, or what the"
+                " defenses put into them; give both the same network, or leave the base out"
             ) from None
 
     def _save(

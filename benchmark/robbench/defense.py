@@ -24,8 +24,15 @@ if TYPE_CHECKING:
     from robbench.datasets import Dataset
 
 D = TypeVar("D", bound="type[Defense]")
-# what `quick` does for 55,000 images it does for these, which nobody wrote a preset for
-AS_LARGE_AS = {name: "mnist" for name in ("fashion-mnist", "cifar10", "cifar100", "tiny-imagenet")}
+# presets that hold for datasets that have none of their own: of as many images, or in colour,
+# where the budgets of training are other ones
+ALIKE: Mapping[str, tuple[str, ...]] = {
+    "fashion-mnist": ("mnist",),
+    "cifar10": ("mnist",),
+    "cifar100": ("cifar10", "mnist"),
+    "tiny-imagenet": ("cifar10", "mnist"),
+    "imagenet": ("cifar10", "mnist"),
+}
 INFERENCE = "inference"  # marks a field that changes the decision, never the trained weights
 
 
@@ -72,6 +79,8 @@ class Defense(Optimisation):
     def _trained(self) -> Defense:
         if not self.epochs and self.base is None:
             raise ValueError("epochs = 0 keeps the weights of a base, and there is none")
+        if not self.epochs and self.adversarial is not None:
+            raise ValueError("epochs = 0 trains nothing, so adversarial has no part in it")
         if self.wraps and self.members != type(self).model_fields["members"].default:
             raise ValueError("members are those of the base; write base=ensemble(members=3)")
         if self.detector is None and self.fpr != type(self).model_fields["fpr"].default:
@@ -246,6 +255,12 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
     """
     spec = Spec.parse(text)
     parts = tuple(_configure(part) for part in (spec.parts or (spec,)))
+    whole = [(part.spec, one.member) for part, one in zip(parts, spec.parts, strict=False)]
+    if len(set(whole)) < len(whole):
+        raise InputError(
+            f"{spec} joins the same weights twice; write ensemble(members=2, training=separate)"
+            f" or {parts[0].name}(draws=2)"
+        )
     if len({(part.detector, part.fpr) for part in parts}) > 1:
         raise InputError(f"{spec}: all parts need the same detector and fpr, they decide together")
     return parts
@@ -277,9 +292,9 @@ def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
     if preset not in cls.presets:
         known = [key for key in cls.presets if ":" not in key]
         raise unknown(f"preset of {spec.name}", preset, known)
-    keys = [f"{preset}:{dataset}", preset]
-    if preset == "quick" and dataset in AS_LARGE_AS:
-        keys.insert(1, f"quick:{AS_LARGE_AS[dataset]}")
+    kind = dataset.partition(":")[0]  # folder:PATH is a folder
+    alike = ALIKE.get(kind, ()) if preset == "quick" else ()
+    keys = [*(f"{preset}:{name}" for name in (kind, *alike)), preset]
     fields: dict[str, Any] = dict(next(cls.presets[key] for key in keys if key in cls.presets))
     fields |= dict(spec.settings)
     base = fields.get("base", cls.model_fields["base"].default)

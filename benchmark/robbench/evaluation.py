@@ -20,7 +20,7 @@ from robbench.deployed import Deployed
 from robbench.environment import choose_device
 from robbench.errors import InputError
 from robbench.executors import measure
-from robbench.grid import MODEL, Block, Cell, invalid
+from robbench.grid import MODEL, NOTHING, Block, Cell, invalid
 from robbench.records import Record, Store
 from robbench.rules import Loss, MeanProbabilities, Rule
 from robbench.runner import Shared
@@ -170,6 +170,8 @@ def evaluate(
     except ValidationError as error:
         raise InputError("; ".join(invalid(error))) from None
     cells = list(dict.fromkeys(block.cells(data, preset, models)))
+    if not cells:
+        raise InputError(NOTHING)
     store = None if out is None else Store(Path(out))
     if store:
         store.check_writable()

@@ -35,6 +35,10 @@ from robbench.threat import Eps, Norm, Threat, check_budget, parse_norm
 Kind = Literal["whitebox", "adaptive", "transfer", "blackbox"]
 KINDS: tuple[Kind, ...] = ("whitebox", "adaptive", "transfer", "blackbox")
 EOT = 20
+NOTHING = (
+    "nothing to run: a deterministic defense without a loss of its own has no adaptive cell (it"
+    " equals whitebox), and an oracle is not transferred to itself"
+)
 MODEL = "model:"  # begins the name of a model of the caller, which no registry knows
 
 

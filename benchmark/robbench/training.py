@@ -276,8 +276,8 @@ def train(
     and validation images (clean, in evaluation mode) and seconds.
     snapshot: a file that the state is written to after an epoch, at most every `saved_every`
     seconds, and read from where it exists: a killed training goes on and ends with the same
-    weights, bit for bit. It is removed at the end. Raises Diverged when a loss is not a number;
-    the snapshot, which holds the state before that epoch, is kept.
+    weights, on the CPU bit for bit. It is removed at the end. Raises Diverged when a loss is not a
+    number; the snapshot, which holds the last good state that was saved, is kept.
     """
     if len(dataset.train.y) < 2:
         raise InputError(
@@ -330,10 +330,13 @@ class _Run:
             return
         try:
             state = torch.load(self.snapshot, map_location="cpu", weights_only=True)
-            self.members.load_state_dict(state["members"])
-        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError):
+            shapes = {key: value.shape for key, value in state["members"].items()}
+            group, curve = int(state["group"]), list(state["curve"])
+        except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
             return
-        self.group, self.curve, self.state = state["group"], state["curve"], state
+        if shapes == {key: value.shape for key, value in self.members.state_dict().items()}:
+            self.members.load_state_dict(state["members"])
+            self.group, self.curve, self.state = group, curve, state
 
     def train(self, group: nn.ModuleList, seed: int, progress: Callable[[int], None]) -> None:
         """All epochs of one group that are left."""
@@ -370,7 +373,8 @@ class _Run:
             step += 1
             progress(step)
         if not math.isfinite(float(sums)):
-            kept = f"; the state before it is kept in {self.snapshot}" if self.snapshot else ""
+            there = self.snapshot is not None and self.snapshot.exists()
+            kept = f"; the last state that was saved is kept in {self.snapshot}" if there else ""
             raise Diverged(
                 f"training of {defense.name} diverged: the loss of epoch {epoch + 1} is not a"
                 f" number; lower lr{kept}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robbench.access import Access
 from robbench.errors import InputError, unknown
-from robbench.rules import Draw, Loss
+from robbench.rules import Draw, Loss, Rule
 
 ScoreLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -62,6 +62,17 @@ class Votes:
         shape = draw.logits.shape[:-1]  # (S, M, N)
         aim = None if target is None else target.expand(shape)
         return margin(draw.logits, y.expand(shape), aim).clamp_max(self.kappa).mean(dim=(0, 1))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A loss on the scores of a rule, whatever rule the attacked defense has."""
+
+    rule: Rule
+    of: ScoreLoss = margin
+
+    def __call__(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        return self.of(self.rule.scores(draw), y, target)
 
 
 SCORE_LOSSES: dict[str, ScoreLoss] = {"ce": ce, "margin": margin, "dlr": dlr}

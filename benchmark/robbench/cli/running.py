@@ -146,6 +146,7 @@ def _check_options() -> None:
 def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
     """All cells in reading order, each once."""
     from robbench import registry
+    from robbench.grid import NOTHING
 
     cells: dict[str, Cell] = {}
     for block in blocks:
@@ -153,10 +154,7 @@ def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
         for cell in block.cells(dataset, options["preset"]):
             cells.setdefault(cell.id, cell)
     if not cells:
-        raise InputError(
-            "nothing to run: a deterministic defense has no adaptive cell of its own (it equals"
-            " whitebox), and an oracle is not transferred to itself"
-        )
+        raise InputError(NOTHING)
     return list(cells.values())
 
 
@@ -274,12 +272,17 @@ def train_command(
     from robbench.defense import resolve, with_preset
     from robbench.environment import choose_device
     from robbench.runner import Shared
+    from robbench.training import Diverged
 
     shared = Shared(out, data_dir, choose_device(device))
     data: Dataset = registry.dataset(dataset, data_dir)
     spec = with_preset(defense, preset, data.name)
-    with Console(quiet=quiet).training(str(spec)) as report:
-        shared.deploy(str(spec), data, train_seed, report)
+    try:
+        with Console(quiet=quiet).training(str(spec)) as report:
+            shared.deploy(str(spec), data, train_seed, report)
+    except Diverged as error:
+        click.echo(f"robbench: {error}", err=True)
+        click.get_current_context().exit(1)
     for part in resolve(spec):
         key = key_of(part, data, train_seed)
         click.echo(f"{part.spec}: {shared.shelf.find(key)}")

@@ -143,6 +143,8 @@ def hold_out(
 ) -> Dataset:
     """The Dataset whose validation split is 1/part of the learning images, the first in their
     stratified order. x of both splits may also be uint8 (N, C, H, W), which is divided by 255."""
+    if len(labels) < 2:
+        raise InputError(f"{name} has only the label {', '.join(labels)}; two are needed at least")
     order = stratified_order(learning.y.numpy())
     held_out = len(order) // part
     return Dataset(
