@@ -52,7 +52,11 @@ def compare(a: str, b: str, dataset: str, out: Path) -> str:
     adjusted = statistics.holm(p_values)
     lines = [_line(pair, p, holm) for pair, p, holm in zip(pairs, p_values, adjusted, strict=True)]
     headers = ["attack", "norm", "ε", "n", "setting", "A %", "B %", "A - B (95 %)", "p", "Holm"]
-    names = f"A = {pairs[0].a.cell.defense}\nB = {pairs[0].b.cell.defense}\n"
+    sides = zip("AB", (a, b), (pairs[0].a, pairs[0].b), strict=True)
+    names = "".join(
+        f"{letter} = {record.cell.defense}{' @ ' * ('@' in given)}{given.partition('@')[2]}\n"
+        for letter, given, record in sides
+    )
     table = names + tabulate(lines, headers, disable_numparse=True)
     return f"{table}\n{left_out(superseded)}" if superseded else table
 

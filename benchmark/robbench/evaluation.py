@@ -50,7 +50,7 @@ class Evaluation:
 
 def deploy(
     model: nn.Module | Sequence[nn.Module],
-    dataset: Dataset,
+    dataset: Data,
     *,
     rule: Rule | None = None,
     draws: int = 1,
@@ -64,6 +64,7 @@ def deploy(
     knows the defense maximises. InputError for a model that cannot be attacked as it is: in
     training mode, with probabilities for logits, or with fewer outputs than there are labels.
     """
+    data = _dataset(dataset, None)
     models = [model] if isinstance(model, nn.Module) else model
     if not isinstance(models, Sequence) or not models:
         raise InputError(f"{model!r} is neither a torch.nn.Module nor a list of them")
@@ -76,9 +77,9 @@ def deploy(
                 " (sub-modules that are random when deployed may stay in train())"
             )
     frozen = copy.deepcopy(nn.ModuleList(models)).to(choose_device(device))
-    labels = max(_labels(member, dataset) for member in frozen)
+    labels = max(_labels(member, data) for member in frozen)
     return Trained(
-        Deployed(frozen, rule or MeanProbabilities(), dataset.shape, labels, draws), (), loss
+        Deployed(frozen, rule or MeanProbabilities(), data.shape, labels, draws), (), loss
     )
 
 

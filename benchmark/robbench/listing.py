@@ -34,7 +34,8 @@ def defenses(name: str | None = None) -> str:
     headers = ["defense", "source", "random", "decides by", "abstains", "detector", "presets"]
     table = tabulate([_line(name) for name in registry.defenses], headers, disable_numparse=True)
     legend = (
-        "random: two answers to one image may differ. All as the preset quick sets it;"
+        "source: 000 to 004 are the papers in docs/defenses.md. random: two answers to one image"
+        " may differ. All as the preset quick sets it;"
         " 'robbench list defenses NAME' says more."
     )
     return f"{table}\n\n{_indented(legend, 0)}"
@@ -124,7 +125,8 @@ def attacks() -> str:
 
 def datasets() -> str:
     """Name and origin, and the default ε lists; images of folder:PATH take those of CIFAR."""
-    lines = [[name, "built in"] for name in sorted(data.DATASETS)]
+    lines = [[name, f"'robbench data {name}'"] for name in sorted(data.DATASETS)]
+    lines = [[name, "comes with robbench" if name == "digits" else how] for name, how in lines]
     lines += [[name, "plugin"] for name in registry.datasets if name not in data.DATASETS]
     lines.append(["folder:PATH", "an image folder or its tar.gz: train/CLASS/*, test/CLASS/*"])
     parts = [_table(lines, ["dataset", "where"], [None, WRAPPED])]

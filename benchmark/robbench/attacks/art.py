@@ -22,7 +22,7 @@ from torch import Tensor
 from robbench.attacks import Attack
 from robbench.attacks.art_table import TABLE, available
 from robbench.attacks.library import Job, arguments, attack_of
-from robbench.errors import unknown
+from robbench.errors import InputError, unknown
 from robbench.threat import Norm
 
 _NORMS: dict[Norm, object] = {"linf": np.inf, "l2": 2, "l1": 1}
@@ -47,7 +47,13 @@ def find(name: str) -> Attack:
     """The attack of this class; the library's attacks are imported here and not before."""
     if name not in TABLE:
         raise unknown("art attack", name, TABLE)
-    from art.attacks import evasion
+    try:
+        from art.attacks import evasion
+    except ImportError as error:
+        raise InputError(
+            f"ART cannot be imported ({error}); install what is missing, or run"
+            " pip install --force-reinstall robbench"
+        ) from None
 
     constructor = getattr(evasion, name, None)  # None: ART hides it where a package is missing
 

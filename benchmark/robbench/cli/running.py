@@ -297,6 +297,7 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     RECORD is the path of a record's JSON file; checkpoints are looked up beside it.
     """
     check_installation()
+    from robbench.cli.terminal import Console
     from robbench.environment import choose_device
     from robbench.executors import measure
     from robbench.grid import MODEL
@@ -316,7 +317,9 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     beside = record.resolve().parents[3] if len(record.resolve().parents) > 3 else out
     shared = Shared(beside, data_dir, choose_device(device))
     _check_identity(old.cell, shared)
-    new = next(measure([old.cell], None, shared))
+    with Console().progress([old.cell], shared) as progress:
+        new = next(measure([old.cell], None, shared, report=progress.report))
+        progress.record(new)
     if new.status != "ok":
         click.echo(f"does not hold: the cell fails now ({new.reason})")
         click.get_current_context().exit(1)

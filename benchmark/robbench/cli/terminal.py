@@ -85,7 +85,8 @@ class Console:
                 self.out.print(f"[red]failed[/red] {text}", soft_wrap=True)
         self.out.print(
             "Shares in %, each with its 95 % interval over images; an accuracy under attack is"
-            " an upper bound on the true robustness. Passes: forward + backward, of one network.",
+            " an upper bound on the true robustness. clean: accuracy on the images themselves."
+            " Passes: forward + backward, of one network. More: docs/reading.md.",
             style="dim",
         )
         boards = ", ".join(
@@ -99,7 +100,8 @@ class Console:
         self.out.print(_lines([], header=True))
         for heading, lines in itertools.groupby(group, _heading):
             same = list(lines)
-            text = f"{heading} · {_cost([row.record for row in same if row.record])}"
+            clean = f"clean {100 * same[0].metrics.clean.value:.1f}" if same[0].metrics else ""
+            text = f"{heading} · {clean} · {_cost([row.record for row in same if row.record])}"
             self.out.print(text, style="cyan", markup=False)
             self.out.print(_lines(same))
 

@@ -62,6 +62,11 @@ class Dataset:
     eps: Mapping[str, tuple[Fraction, ...]]  # norm -> the default list, ascending
     control: Fraction  # linf eps at which an undefended network must reach 0 %
 
+    def __repr__(self) -> str:
+        parts = ("train", self.train), ("validation", self.validation), ("test", self.test)
+        sizes = ", ".join(f"{len(split.y)} {name}" for name, split in parts)
+        return f"<Dataset {self.name}: {sizes} images of {self.shape}, {len(self.labels)} labels>"
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
