@@ -187,7 +187,7 @@ MISTAKES = {
     "an unknown kind of list": (["list", "defences"], "'defences'", "'defenses'"),
     "an unknown dataset to fetch": (["data", "mnits"], "did you mean 'mnist'"),
     "training what is unknown": (["train", "--defense", "itto"], "did you mean 'ito'"),
-    "verifying what is not there": (["verify", "none.json"], "no record none.json"),
+    "verifying what is not there": (["verify", "none.json"], "none.json is no record"),
     "a board of nothing": (["leaderboard", "--out", "none"], "no records", "none"),
     "comparing what was never run": (["compare", "ito", "standard"], "no cell", "ito"),
     "comparing in an unknown setting": (["compare", "ito@white", "ito"], "'white'", "whitebox"),

@@ -490,3 +490,16 @@ def test_a_name_tells_attributes_and_losses_apart(network, digits):
 def test_nothing_to_run_is_an_input_error():
     with pytest.raises(robbench.InputError, match="nothing to run"):
         robbench.evaluate("standard", setting="adaptive", n=4)
+
+
+def test_own_models_are_shown_by_the_names_that_they_are_given(digits, network):
+    named = {"mine": network, "twin": network}
+    result = robbench.evaluate(named, digits, "fgsm", eps=0.1, n=8, device="cpu")
+    assert [name.split(":")[1] for name in result.frame()["defense"]] == ["mine", "twin"]
+    assert result.frame()["accuracy"].nunique() == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "a:b", "", 3])
+def test_a_name_that_no_table_can_show_is_refused(name, digits, network):
+    with pytest.raises(robbench.InputError, match="cannot name a model"):
+        robbench.evaluate({name: network}, digits)

@@ -255,6 +255,9 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
     """
     spec = Spec.parse(text)
     parts = tuple(_configure(part) for part in (spec.parts or (spec,)))
+    for part, one in zip(parts, spec.parts or (spec,), strict=True):
+        if one.member is not None and not part.wraps and one.member >= part.members:
+            raise InputError(f"{one}: members of {part.name} are 0 to {part.members - 1}")
     whole = [(part.spec, one.member) for part, one in zip(parts, spec.parts, strict=False)]
     if len(set(whole)) < len(whole):
         raise InputError(

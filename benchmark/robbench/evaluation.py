@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from robbench.runner import Shared
 if TYPE_CHECKING:
     import pandas as pd
 
+Item = str | nn.Module | Trained  # a spec, a model, or what deploy() made of models
 Data = str | Dataset | tuple[Any, Any]  # a name, folder:PATH, a Dataset, or (x, y)
 
 
@@ -112,14 +114,14 @@ def _labels(member: nn.Module, dataset: Dataset) -> int:
 
 
 def evaluate(
-    defense: str | nn.Module | Trained | Sequence[str | nn.Module | Trained],
+    defense: Item | Sequence[Item] | Mapping[str, nn.Module | Trained],
     dataset: Data = "digits",
     attack: str | Sequence[str] = "pgd",
     *,
     norm: str | Sequence[str] | None = None,
     eps: str | float | Sequence[str | float] | None = None,
     setting: str | Sequence[str] | None = None,
-    oracle: str | nn.Module | Trained | None = None,
+    oracle: Item | None = None,
     eot: int = 20,
     target: str | int = "none",
     n: int | None = None,
@@ -134,7 +136,8 @@ def evaluate(
 ) -> Evaluation:
     """Attack defenses and return what they are worth; the arguments are those of `robbench run`.
 
-    defense: specs, own models (see `deploy`), or a list of both. dataset: a name, `folder:PATH`,
+    defense: specs, own models (see `deploy`), a list of both, or own models by the names that
+    tables show, {"mine": model}. dataset: a name, `folder:PATH`,
     a Dataset, or tensors (x, y) with x (N, C, H, W) in [0, 1]. eps in units of [0, 1], as '8/255'
     or 0.1. n: how many test images (default 500, or all). out: a folder to keep records in and to
     read finished ones from; by default nothing is written. workers: processes, for specs only.
@@ -149,13 +152,19 @@ def evaluate(
     data = _dataset(dataset, folder)
     given = {} if isinstance(dataset, str) else {data.name: data}
     models: dict[str, Trained] = {}
-    if not isinstance(defense, (nn.Module, Sequence)):
+    if not isinstance(defense, (nn.Module, Sequence, Mapping)):
         raise InputError(f"{defense!r} is no defense; give a spec, a torch.nn.Module or a list")
-    wanted = [defense] if isinstance(defense, (str, nn.Module, Trained)) else list(defense)
+    wanted: list[tuple[Item, str | None]]
+    if isinstance(defense, Mapping):
+        wanted = [(model, _label(name)) for name, model in defense.items()]
+    elif isinstance(defense, (str, nn.Module, Trained)):
+        wanted = [(defense, None)]
+    else:
+        wanted = [(item, None) for item in defense]
     fields: Mapping[str, object] = {
         "dataset": data.name,
         "n": n,
-        "defense": [_name(item, data, models, device) for item in wanted],
+        "defense": [_name(item, data, models, device, label) for item, label in wanted],
         "attack": attack,
         "norm": norm,
         "eps": eps,
@@ -194,11 +203,21 @@ def _dataset(dataset: Data, folder: Path | None) -> Dataset:
     return from_tensors(*dataset)
 
 
+def _label(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+        raise InputError(f"{name!r} cannot name a model; write letters, digits, '_', '-' and '.'")
+    return name
+
+
 def _name(
-    item: str | nn.Module | Trained, data: Dataset, models: dict[str, Trained], device: str
+    item: Item,
+    data: Dataset,
+    models: dict[str, Trained],
+    device: str,
+    label: str | None = None,
 ) -> str:
-    """The spec, or a name for a model of the caller that changes with all that decides its
-    answers and can be read off: weights, layers, modes, rule, draws and loss."""
+    """The spec, or a name for a model of the caller (its label, else its class) that changes with
+    all that decides its answers and can be read off: weights, layers, modes, rule, draws, loss."""
     if isinstance(item, str):
         return item
     if isinstance(item, Trained):
@@ -222,7 +241,7 @@ def _name(
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     kinds = "+".join(dict.fromkeys(type(member).__name__ for member in members))
-    name = f"{MODEL}{kinds}:{digest.hexdigest()[:12]}"
+    name = f"{MODEL}{label or kinds}:{digest.hexdigest()[:12]}"
     models[name] = trained
     return name
 

@@ -305,8 +305,8 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     from robbench.records import read
     from robbench.runner import Shared
 
-    if not record.exists():
-        raise InputError(f"there is no record {record}; give the path of a file below records/")
+    if not record.exists() or record.suffix != ".json":
+        raise InputError(f"{record} is no record; give the path of a .json file below records/")
     old = read(record)
     if old is None:
         raise InputError(f"the record {record} is of another schema version")
