@@ -10,21 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from robbench.attacks.losses import Votes, margin
-from robbench.defense import Defense, defense
+from robbench.attacks.losses import Scored, Votes
+from robbench.defense import Defense, defense, summed_cross_entropy
 from robbench.metrics.diversity import log_diversity
 from robbench.rules import Draw, Loss, MeanProbabilities
-
-
-def mean_margin(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) the margin of the log of the mean probability: unlike its cross-entropy, it does not
-    fade where the members are sure. Adaptive.md, A.6."""
-    return margin(MeanProbabilities().scores(draw), y, target)
+from robbench.training import ADP_MNIST_RECIPE, ADP_RECIPE
 
 
 @defense("adp")
@@ -49,26 +43,13 @@ class AdaptiveDiversityPromoting(Defense):
     """
 
     source: ClassVar[str] = "paper 003: Pang et al. 2019, arXiv:1901.08846"
-    losses: ClassVar[Mapping[str, Loss]] = {"margin": mean_margin, "vote": Votes()}
+    # the margin of the mean does not fade where the members are sure, unlike its cross-entropy
+    losses: ClassVar[Mapping[str, Loss]] = {"margin": Scored(MeanProbabilities()), "vote": Votes()}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 1},
-        "paper": {
-            "network": "resnet20",
-            "epochs": 200,
-            "lr": 1e-3,
-            "schedule": "steps",
-            "decay_at": (0.5, 0.75),
-            "weight_decay": 2e-4,
-        },
-        "paper:mnist": {
-            "network": "resnet20",
-            "epochs": 40,
-            "lr": 1e-3,
-            "schedule": "steps",
-            "decay_at": (0.375, 0.75),
-            "weight_decay": 2e-4,
-        },
+        "paper": ADP_RECIPE,
+        "paper:mnist": ADP_MNIST_RECIPE,
     }
 
     members: Annotated[int, Field(ge=1)] = 3
@@ -78,7 +59,7 @@ class AdaptiveDiversityPromoting(Defense):
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
         logits = draw.logits[0]  # (K, N, L)
-        loss = torch.stack([F.cross_entropy(z, y, reduction="none") for z in logits]).sum(dim=0)
+        loss = summed_cross_entropy(draw, y)
         if self.alpha:
             log = F.log_softmax(self.rule().scores(draw), dim=1)
             loss = loss + self.alpha * (log.exp() * log).sum(dim=1)

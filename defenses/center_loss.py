@@ -15,27 +15,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from robbench.attacks.losses import Scored, log_odds
 from robbench.defense import Defense, defense
 from robbench.rules import Draw, Loss, MeanProbabilities
+from robbench.training import CENTRES_RECIPE
 
-# Paper 003 trains all that it compares alike; this is its authors' code on CIFAR (see mmc). The
-# recipes of the two papers themselves are for faces and for other networks.
-RECIPE: Mapping[str, object] = {
-    "network": "resnet32",
-    "epochs": 200,
-    "batch_size": 50,
-    "optimizer": "sgd",
-    "lr": 0.01,
-    "schedule": "steps",
-    "decay_at": (0.5, 0.75),
-    "weight_decay": 2e-4,
-    "crop": 3,
-    "flip": True,
-}
+# Paper 003 trains all that it compares alike; the two papers themselves are about faces and other
+# networks.
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "quick": {},
     "quick:mnist": {"epochs": 3},
-    "paper": RECIPE,
+    "paper": CENTRES_RECIPE,
 }
 
 
@@ -129,13 +119,7 @@ class MixtureReadout(nn.Module):
         return -distances - self.half_log_determinant()
 
 
-def log_odds(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) log((1 - p) / p) of the label's posterior p, from scores; log(p / (1 - p)) of the
-    target's: the direction of cross-entropy, without the factor 1 - p that fades."""
-    scores = MeanProbabilities().scores(draw)
-    label, sign = (y[:, None], 1) if target is None else (target[:, None], -1)
-    others = scores.scatter(1, label, float("-inf")).logsumexp(dim=1)
-    return sign * (others - scores.gather(1, label)[:, 0])
+LOG_ODDS = Scored(MeanProbabilities(), log_odds)  # of the posterior
 
 
 @defense("l-gm")
@@ -154,7 +138,7 @@ class LargeMarginGaussianMixture(Defense):
 
     source: ClassVar[str] = "Wan et al. 2018, arXiv:1803.02988"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = PRESETS
-    losses: ClassVar[Mapping[str, Loss]] = {"log-odds": log_odds}
+    losses: ClassVar[Mapping[str, Loss]] = {"log-odds": LOG_ODDS}
 
     alpha: Annotated[float, Field(ge=0)] = 0.1
     lam: Annotated[float, Field(ge=0)] = 0.01
@@ -183,4 +167,4 @@ class LargeMarginGaussianMixture(Defense):
         return F.cross_entropy(kept, y, reduction="none") + self.lam * surprise[:, 0]
 
     def objective(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-        return log_odds(draw, y, target)
+        return LOG_ODDS(draw, y, target)

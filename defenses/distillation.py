@@ -17,21 +17,11 @@ import torch.nn.functional as F
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Generator, Tensor, nn
 
-from robbench.attacks.losses import dlr, margin
+from robbench.attacks.losses import Scored, dlr
 from robbench.defense import Defense, canonical, defense
 from robbench.registry import Spec
 from robbench.rules import Draw, Loss, MeanProbabilities
 from robbench.training import CIFAR_RECIPE, Batch
-
-
-def score_margin(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) best other score minus the label's: its gradient does not fade with the scale."""
-    return margin(MeanProbabilities().scores(draw), y, target)
-
-
-def score_dlr(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) the same by the span of the largest scores: free of the scale."""
-    return dlr(MeanProbabilities().scores(draw), y, target)
 
 
 @defense("distillation")
@@ -50,7 +40,11 @@ class Distillation(Defense):
     """
 
     source: ClassVar[str] = "Papernot et al. 2016, arXiv:1511.04508"
-    losses: ClassVar[Mapping[str, Loss]] = {"margin": score_margin, "dlr": score_dlr}
+    losses: ClassVar[Mapping[str, Loss]] = {
+        # both free of the scale, with which the gradient of cross-entropy fades
+        "margin": Scored(MeanProbabilities()),
+        "dlr": Scored(MeanProbabilities(), dlr),
+    }
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3, "base": "distillation(base=none, epochs=3)"},

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robbench.attacks.losses import Votes
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
 from robbench.networks.sampled import KINDS, Law, Masked, randomise
-from robbench.rules import Loss, MeanProbabilities, Rule, Vote
+from robbench.rules import MeanProbabilities, Rule, Vote
 
 
 class Dropping(Defense):
@@ -49,10 +48,6 @@ class Dropping(Defense):
         if self.test == "vote" and self.draws < 2:
             raise ValueError("test = vote asks several draws; write draws=50, or test=sample")
         return self
-
-    @property
-    def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
-        return {"vote": Votes()} if self.test == "vote" else {}
 
     @property
     def stochastic(self) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from robbench.attacks.losses import Scored, Votes
-from robbench.defense import INFERENCE, Defense, defense
+from robbench.attacks.losses import Scored
+from robbench.defense import INFERENCE, Defense, defense, summed_cross_entropy
 from robbench.rules import Draw, Loss, MeanLogits, MeanProbabilities, Rule, Vote
+from robbench.training import ADP_MNIST_RECIPE, ADP_RECIPE
 
 Decision = Annotated[Literal["probabilities", "logits", "majority", "plurality"], INFERENCE]
 RULES: Mapping[str, Rule] = {
@@ -25,12 +24,6 @@ RULES: Mapping[str, Rule] = {
     "majority": Vote(),
     "plurality": Vote(majority=False),
 }
-
-
-def attacked(decision: str) -> Mapping[str, Loss]:
-    """What the attacker of a decision maximises: votes one by one; a mean, which has a gradient
-    of its own, by its cross-entropy."""
-    return {"vote": Votes()} if isinstance(RULES[decision], Vote) else {}
 
 
 @defense("ensemble")
@@ -54,22 +47,8 @@ class Ensemble(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 1},
-        "paper": {
-            "network": "resnet20",
-            "epochs": 200,
-            "lr": 1e-3,
-            "schedule": "steps",
-            "decay_at": (0.5, 0.75),
-            "weight_decay": 2e-4,
-        },
-        "paper:mnist": {
-            "network": "resnet20",
-            "epochs": 40,
-            "lr": 1e-3,
-            "schedule": "steps",
-            "decay_at": (0.375, 0.75),
-            "weight_decay": 2e-4,
-        },
+        "paper": ADP_RECIPE,
+        "paper:mnist": ADP_MNIST_RECIPE,
     }
 
     members: Annotated[int, Field(ge=1)] = 3
@@ -82,15 +61,10 @@ class Ensemble(Defense):
         return self.training == "joint"
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
-        members = [F.cross_entropy(logits, y, reduction="none") for logits in draw.logits[0]]
-        return torch.stack(members).sum(dim=0)
+        return summed_cross_entropy(draw, y)
 
     def rule(self) -> Rule:
         return RULES[self.decision]
-
-    @property
-    def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
-        return attacked(self.decision)
 
 
 @defense("joined")
@@ -119,6 +93,6 @@ class Joined(Defense):
         return RULES[self.decision]
 
     @property
-    def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
+    def losses(self) -> Mapping[str, Loss]:
         fades = any(base.losses for base in self.bases())  # a part's cross-entropy may be flat
-        return attacked(self.decision) or ({"margin": Scored(self.rule())} if fades else {})
+        return super().losses or ({"margin": Scored(self.rule())} if fades else {})

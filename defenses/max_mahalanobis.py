@@ -27,25 +27,10 @@ from pydantic import Field
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from robbench.attacks.losses import margin
+from robbench.attacks.losses import Scored, log_odds
 from robbench.defense import Defense, defense
 from robbench.rules import Draw, Loss, MeanLogits, Rule
-
-# What the authors' code does: SGD, lr / 10 after epochs 100 and 150 of 200, shifts by a tenth of
-# the image. Its L2 penalty of 1e-4 has twice the gradient of the same weight decay, and spares
-# what is no convolution, which ours does not; its momentum is not Nesterov's.
-RECIPE: Mapping[str, object] = {
-    "network": "resnet32",
-    "epochs": 200,
-    "batch_size": 50,
-    "optimizer": "sgd",
-    "lr": 0.01,
-    "schedule": "steps",
-    "decay_at": (0.5, 0.75),
-    "weight_decay": 2e-4,
-    "crop": 3,
-    "flip": True,
-}
+from robbench.training import CENTRES_RECIPE
 
 
 @lru_cache
@@ -136,19 +121,7 @@ class ProductReadout(CentreReadout):
         return 2 * self.factor * F.linear(self.embed(hidden), self.centres)
 
 
-def log_odds(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) log((1 - p) / p) of the label's probability, from scores; log(p / (1 - p)) of the
-    target's. The slope of cross-entropy divided by 1 - p, which is what fades."""
-    scores = MeanLogits().scores(draw)
-    label, sign = (y[:, None], 1) if target is None else (target[:, None], -1)
-    others = scores.scatter(1, label, float("-inf")).logsumexp(dim=1)
-    return sign * (others - scores.gather(1, label)[:, 0])
-
-
-def linear_margin(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) best other score minus the label's: with centres of one norm this is linear in z,
-    max_j <z, μ_j> - <z, μ_y>, and no softmax can flatten it."""
-    return margin(MeanLogits().scores(draw), y, target)
+LOG_ODDS = Scored(MeanLogits(), log_odds)
 
 
 def distance(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
@@ -174,15 +147,16 @@ class MaxMahalanobis(Defense):
 
     readout: ClassVar[type[CentreReadout]] = CentreReadout
     losses: ClassVar[Mapping[str, Loss]] = {
-        "log-odds": log_odds,
-        "margin": linear_margin,
+        "log-odds": LOG_ODDS,
+        # with centres of one norm linear in z, max_j <z, μ_j> - <z, μ_y>
+        "margin": Scored(MeanLogits()),
         "distance": distance,
     }
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},
-        "paper": RECIPE,
-        "paper:mnist": {**RECIPE, "epochs": 50, "decay_at": (0.6, 0.8)},
+        "paper": CENTRES_RECIPE,
+        "paper:mnist": {**CENTRES_RECIPE, "epochs": 50, "decay_at": (0.6, 0.8)},
     }
 
     dimension: Annotated[int, Field(ge=2)] = 256
@@ -219,7 +193,7 @@ class MMLDA(MaxMahalanobis):
     readout: ClassVar[type[CentreReadout]] = ProductReadout
 
     def objective(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-        return log_odds(draw, y, target)
+        return LOG_ODDS(draw, y, target)
 
 
 @defense("mmc")
@@ -240,7 +214,7 @@ class MMC(MaxMahalanobis):
         return distance(draw, y, None)
 
     def objective(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-        return (distance if self.ascend == "loss" else log_odds)(draw, y, target)
+        return (distance if self.ascend == "loss" else LOG_ODDS)(draw, y, target)
 
 
 @defense("mmc-rand")

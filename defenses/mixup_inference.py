@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robbench.attacks.losses import Votes, margin
+from robbench.attacks.losses import Scored, Votes
 from robbench.datasets.dataset import take
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
@@ -94,11 +94,6 @@ class MixupInference(nn.Module):
         return MeanProbabilities().scores(Draw(logits))
 
 
-def mean_margin(draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) margin of the logarithm of the mean softmax over the mixtures."""
-    return margin(MeanProbabilities().scores(draw), y, target)
-
-
 def switch(direct: Tensor, own: Tensor, other: Tensor, gap: float) -> Tensor:
     """(N, L) log-probabilities: those of MI-PL (`own`) where their largest probability is less
     than `gap` below the largest of `direct`, else those of MI-OL (`other`)."""
@@ -129,7 +124,7 @@ class MixupInferenceDefense(Defense):
 
     source: ClassVar[str] = "Pang et al. 2020, arXiv:1909.11515"
     wraps: ClassVar[bool] = True
-    losses: ClassVar[Mapping[str, Loss]] = {"margin": mean_margin, "vote": Votes()}
+    losses: ClassVar[Mapping[str, Loss]] = {"margin": Scored(MeanProbabilities()), "vote": Votes()}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "paper": {

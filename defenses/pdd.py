@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Votes
-from robbench.defense import Defense, defense
+from robbench.defense import Defense, defense, summed_cross_entropy
 from robbench.metrics.diversity import gradient_cosines
 from robbench.rules import Draw, Loss
 from robbench.training import Batch
@@ -41,55 +41,36 @@ def keep_rates(hidden: Tensor, alpha: float, beta: float, intervals: int) -> Ten
     return rates.gather(2, interval)
 
 
+# Rates and weight decay are the code's for the mean over K = 3 members, written for their sum.
+PAPER: Mapping[str, object] = {
+    "network": "resnet18",
+    "optimizer": "sgd",
+    "lr": 0.00667,
+    "schedule": "cosine",
+    "lr_end": 3.33e-5,
+    "weight_decay": 1.5e-3,
+}
+
+
 class SimultaneousTraining(Defense):
     """K members on the same batches, sum of cross-entropies (eq. 1)."""
 
     source: ClassVar[str] = "paper 004: Huang et al. 2021, AAAI"
     # gradients that cancel in the mean do not cancel member by member
     losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}
-    # Rates and weight decay are the code's for the mean over K = 3 members, written for their sum.
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 2},
-        "paper": {
-            "network": "resnet18",
-            "epochs": 150,
-            "optimizer": "sgd",
-            "lr": 0.00667,
-            "schedule": "cosine",
-            "lr_end": 3.33e-5,
-            "weight_decay": 1.5e-3,
-            "crop": 4,
-            "flip": True,
-        },
-        "paper:tiny-imagenet": {
-            "network": "resnet18",
-            "epochs": 100,
-            "optimizer": "sgd",
-            "lr": 0.00667,
-            "schedule": "cosine",
-            "lr_end": 3.33e-5,
-            "weight_decay": 1.5e-3,
-            "crop": 4,
-            "flip": True,
-        },
-        "paper:fashion-mnist": {
-            "network": "resnet18",
-            "epochs": 40,
-            "optimizer": "sgd",
-            "lr": 0.00667,
-            "schedule": "cosine",
-            "lr_end": 3.33e-5,
-            "weight_decay": 1.5e-3,
-        },
+        "paper": {**PAPER, "epochs": 150, "crop": 4, "flip": True},
+        "paper:tiny-imagenet": {**PAPER, "epochs": 100, "crop": 4, "flip": True},
+        "paper:fashion-mnist": {**PAPER, "epochs": 40},
     }
 
     members: Annotated[int, Field(ge=1)] = 3
     epochs: Annotated[int, Field(ge=0)] = 20
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
-        members = [F.cross_entropy(logits, y, reduction="none") for logits in draw.logits[0]]
-        return torch.stack(members).sum(dim=0)
+        return summed_cross_entropy(draw, y)
 
 
 @defense("pdd")

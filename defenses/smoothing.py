@@ -122,6 +122,10 @@ class Smoothing(Defense):
         return self
 
     @property
+    def size(self) -> int:
+        return sum(base.size for base in self.bases()) or self.members
+
+    @property
     def stochastic(self) -> bool:
         return (self.noise and self.sigma > 0) or any(base.stochastic for base in self.bases())
 

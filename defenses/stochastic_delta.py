@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robbench.attacks.losses import Votes
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.networks.sampled import Law, Masked, laws, randomise
-from robbench.rules import Loss, MeanLogits, Rule, Vote
+from robbench.rules import MeanLogits, Rule, Vote
 
 # Section 6.1; `paper:cifar10` is its ResNet-18. Its LSTM reads 784 pixels with 130 units:
 # network=lstm(hidden=130, sequence=pixels).
@@ -118,10 +117,6 @@ class StochasticDelta(Defense):
         for index, member in enumerate(members):
             spreads = {k: v for k, v in member.state_dict().items() if ".laws." in k}
             member.load_state_dict({**spreads, **sources[index % len(sources)].state_dict()})
-
-    @property
-    def losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
-        return {"vote": Votes()} if self.test == "vote" else {}
 
     @property
     def stochastic(self) -> bool:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+from robbench import datasets
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,3 +35,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if item.get_closest_marker("cuda") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def classifier() -> Callable[[nn.Module], nn.Module]:
+    """Of an activation: a small network, trained until it errs on a few of the digits only."""
+
+    def trained(activation: nn.Module) -> nn.Module:
+        x, y = datasets.load("digits").train
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), activation, nn.Linear(32, 10))
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+        return network.eval()
+
+    return trained

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from art.attacks import evasion
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
@@ -33,17 +32,9 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def network():
+def network(classifier):
     """A classifier of digits that errs on a few images."""
-    data = datasets.load("digits").train
-    torch.manual_seed(0)
-    trained = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    optimizer = torch.optim.Adam(trained.parameters(), lr=0.01)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(trained(data.x), data.y).backward()
-        optimizer.step()
-    return trained.eval()
+    return classifier(nn.ReLU())
 
 
 def deploy(network, shape=(1, 8, 8), labels=10):

@@ -104,8 +104,6 @@ class Shelf:
         for part, defense in zip(spec.parts or (spec,), parts, strict=True):
             own, key, sha256 = self.members(defense, dataset, train_seed, device, progress)
             if part.member is not None:
-                if part.member >= len(own):
-                    raise InputError(f"{part}: members of {part.name} are 0 to {len(own) - 1}")
                 own = own[part.member : part.member + 1]
             members.extend(own)
             keys.append(key)
@@ -155,11 +153,11 @@ class Shelf:
         torch.manual_seed(derive("init", train_seed, key))
         members = defense.build(dataset.shape, len(dataset.labels))
         if not defense.joint:  # a member does not depend on how many there are
+            single = defense.model_copy(update={"members": 1})
             for index, member in enumerate(members):
                 torch.manual_seed(derive("init", train_seed, dataset.hash, defense.name, index))
-                member.load_state_dict(
-                    defense.build(dataset.shape, len(dataset.labels))[0].state_dict()
-                )
+                (alone,) = single.build(dataset.shape, len(dataset.labels))
+                member.load_state_dict(alone.state_dict())
         self._start(defense, members, dataset, train_seed, device)
         members.to(device)
         defense.calibrate(members, dataset)  # what is looked at while training needs it too

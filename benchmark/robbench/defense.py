@@ -3,7 +3,7 @@ of the attacker who knows it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -14,10 +14,11 @@ from torch import Generator, Tensor, nn
 
 from robbench import networks, registry
 from robbench.attacks import check_settings
+from robbench.attacks.losses import Votes
 from robbench.detectors import DetectorSpec, Rate
 from robbench.errors import InputError, unknown
 from robbench.registry import Spec
-from robbench.rules import Draw, Loss, MeanProbabilities, Rule
+from robbench.rules import Draw, Loss, MeanProbabilities, Rule, Vote
 from robbench.training import AdversarialSpec, Batch, Optimisation
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ class Defense(Optimisation):
     version: ClassVar[int] = 1  # raised when the same fields give other numbers
     source: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quick": {}}
-    losses: ClassVar[Mapping[str, Loss]] = {}  # strongest first
     features: ClassVar[bool] = False
     wraps: ClassVar[bool] = False
 
@@ -86,6 +86,11 @@ class Defense(Optimisation):
         if self.detector is None and self.fpr != type(self).model_fields["fpr"].default:
             raise ValueError("fpr is what a detector refuses, and there is none; add detector=lid")
         return self
+
+    @property
+    def size(self) -> int:
+        """How many members there are: those of the base, for what goes around one."""
+        return sum(base.size for base in self.bases()) if self.wraps else self.members
 
     @property
     def joint(self) -> bool:
@@ -181,6 +186,12 @@ class Defense(Optimisation):
         return MeanProbabilities()
 
     @property
+    def losses(self) -> Mapping[str, Loss]:
+        """Of the attacker who knows the defense, strongest first: against a vote its margins, else
+        none but cross-entropy. Subclasses may have a class variable of this name."""
+        return {"vote": Votes()} if isinstance(self.rule(), Vote) else {}
+
+    @property
     def stochastic(self) -> bool:
         """Whether two answers to the same image may differ: such a defense is attacked by EOT."""
         return self.wraps and any(base.stochastic for base in self.bases())
@@ -236,6 +247,17 @@ class Defense(Optimisation):
         return Spec(name=self.name, settings=tuple(kept))
 
 
+def known_attack(parts: Sequence[Defense]) -> bool:
+    """Whether the attacker who knows these joined defenses has a loss of his own against them."""
+    return any(part.losses or part.detector for part in parts)
+
+
+def summed_cross_entropy(draw: Draw, y: Tensor) -> Tensor:
+    """(N,) the sum of the members' cross-entropies, in one draw."""
+    members = [F.cross_entropy(logits, y, reduction="none") for logits in draw.logits[0]]
+    return torch.stack(members).sum(dim=0)
+
+
 def defense(name: str) -> Callable[[D], D]:
     """Register a Defense class under its name."""
 
@@ -256,8 +278,8 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
     spec = Spec.parse(text)
     parts = tuple(_configure(part) for part in (spec.parts or (spec,)))
     for part, one in zip(parts, spec.parts or (spec,), strict=True):
-        if one.member is not None and not part.wraps and one.member >= part.members:
-            raise InputError(f"{one}: members of {part.name} are 0 to {part.members - 1}")
+        if one.member is not None and one.member >= part.size:
+            raise InputError(f"{one}: members of {part.name} are 0 to {part.size - 1}")
     whole = [(part.spec, one.member) for part, one in zip(parts, spec.parts, strict=False)]
     if len(set(whole)) < len(whole):
         raise InputError(

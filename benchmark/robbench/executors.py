@@ -17,7 +17,7 @@ import torch
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.records import Record, Store
-from robbench.runner import Part, Shared, merge, shards
+from robbench.runner import Part, Shared, merge, reason_of, shards
 from robbench.tasks import (
     Outcome,
     Report,
@@ -26,7 +26,6 @@ from robbench.tasks import (
     overdue,
     perform,
     plan,
-    reason_of,
     remaining,
 )
 from robbench.workers import parallel

@@ -321,7 +321,7 @@ class _Target(BaseModel):
             text=str(spec),
             version=defenses.version_of(spec),
             stochastic=stochastic,
-            adaptive=stochastic or any(part.losses or part.detector for part in parts),
+            adaptive=stochastic or defenses.known_attack(parts),
         )
 
 

@@ -118,8 +118,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (InputError, Violation)):  # made to be read
         return str(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+    return f"{reason_of(error)} ({Path(where.filename).name}:{where.lineno})"
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Progress) -> list[Part]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from robbench.defense import resolve, shown
+from robbench.defense import known_attack, resolve, shown
 from robbench.errors import InputError
 from robbench.grid import MODEL, Cell
 from robbench.metrics import Measure, Metrics, metrics, persistent
@@ -107,7 +107,7 @@ def deterministic(row: Row) -> bool:
 
 def _own_loss(defense: str) -> bool:
     try:
-        return any(part.losses or part.detector for part in resolve(defense))
+        return known_attack(resolve(defense))
     except InputError:  # a plugin that is not installed; a model of the caller may have one
         return defense.startswith(MODEL)
 

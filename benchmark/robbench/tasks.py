@@ -16,6 +16,7 @@ from robbench.runner import (
     base_keys,
     missing_training,
     needed_keys,
+    reason_of,
     run_shard,
     shards,
 )
@@ -106,7 +107,7 @@ def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
     if cell.source in shared.models:
         members = len(shared.models[cell.source].deployed.members)
     else:
-        members = sum(part.members for part in resolve(cell.source))
+        members = sum(part.size for part in resolve(cell.source))
     rounds = float(steps) if isinstance(steps, (int, float)) else 20.0
     return 3.0 * images * members * cell.setting.eot * rounds
 
@@ -125,10 +126,6 @@ def perform(task: Task, shared: Shared, report: Callable[[int, int], None]) -> O
         return Outcome(task, reason=str(error), mistake=True)
     except (Exception, SystemExit) as error:  # somebody else's code may also call sys.exit
         return Outcome(task, reason=reason_of(error))
-
-
-def reason_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def overdue(task: Task, timeout: float | None) -> Outcome:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from robbench.environment import choose_device
-from robbench.runner import Shared
-from robbench.tasks import Outcome, Report, Task, doomed, overdue, perform, reason_of, remaining
+from robbench.runner import Shared, reason_of
+from robbench.tasks import Outcome, Report, Task, doomed, overdue, perform, remaining
 
 RETRIES = 2  # of a task whose process died
 

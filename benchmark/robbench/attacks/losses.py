@@ -47,6 +47,14 @@ def dlr(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     return (_pick(scores, target) - _pick(scores, y)) / scale
 
 
+def log_odds(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """log((1 - p) / p) of the label's probability p, targeted log(p / (1 - p)) of the target's: the
+    direction of cross-entropy without its factor 1 - p, which fades where a network is sure."""
+    label, sign = (y, 1) if target is None else (target, -1)
+    others = scores.scatter(-1, label[..., None], float("-inf")).logsumexp(dim=-1)
+    return sign * (others - _pick(scores, label))
+
+
 @dataclass(frozen=True)
 class Votes:
     """The mean over draws and members of the margin clipped at kappa: a draw that is already
