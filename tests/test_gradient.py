@@ -624,7 +624,7 @@ class Threshold(nn.Module):
 def test_the_adaptive_default_is_the_loss_of_the_defense(network, digits):
     x, y = digits
     noisy = nn.Sequential(Noise(), network)
-    access = access_to(noisy, draws=4, loss=Votes())
+    access = access_to(noisy, draws=4, losses={"vote": Votes()})
     answers = []
     for loss in ("auto", "vote", "ce"):
         torch.manual_seed(0)

@@ -62,7 +62,7 @@ def test_worked_values(loss, y, target, expected):
 
 
 def test_dlr_of_two_labels_is_refused_because_it_is_a_constant():
-    access = SimpleNamespace(deployed=SimpleNamespace(labels=2))
+    access = SimpleNamespace(deployed=SimpleNamespace(labels=2), losses={})
     with pytest.raises(InputError, match="constant with 2 labels; write loss=ce"):
         choose(access, "dlr")
 
@@ -165,8 +165,11 @@ def test_a_draw_that_is_lost_gets_no_gradient():
 
 def test_auto_is_the_own_loss_and_else_cross_entropy():
     scores, y, _ = labelled()
-    own, plain = access_to(nn.Flatten(), loss=Votes(2.0)), access_to(nn.Flatten())
-    assert choose(own, "auto") == Votes(2.0)
+    own, plain = access_to(nn.Flatten(), losses={"two": Votes(2.0)}), access_to(nn.Flatten())
+    assert choose(own, "auto") == choose(own, "two") == Votes(2.0)
+    blind = access_to(nn.Flatten(), losses={"two": Votes(2.0)}, knows=False)
+    assert choose(blind, "two") == Votes(2.0)
+    assert choose(blind, "auto") != Votes(2.0)
     assert choose(own, "vote") == Votes()
     draw = Draw(scores[None, None])
     torch.testing.assert_close(choose(plain, "auto")(draw, y, None), ce(scores, y))

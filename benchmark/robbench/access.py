@@ -6,9 +6,10 @@ Symbols: S draws, M members, N images, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from robbench.deployed import Deployed, join, split
 from robbench.randomness import random_state, set_random_state
 from robbench.rules import ABSTAIN, Draw, Loss
+from robbench.threat import Goal
 
 
 class Step(NamedTuple):
@@ -24,7 +26,7 @@ class Step(NamedTuple):
 
     loss: Tensor  # (N,)
     gradient: Tensor  # the shape of x
-    lost: Tensor  # (N,) mean over decisions: 1 for an error, 0.5 for none, 0 for the label
+    lost: Tensor  # (N,) mean over decisions: 1 where the attacker has his goal, 0 for the label
 
 
 class Verdict(NamedTuple):
@@ -50,14 +52,26 @@ class Cost:
     backwards: int = 0
     queries: int = 0
 
+    def add(self, other: Cost) -> None:
+        """Add what another access used; itself is counted already."""
+        if other is not self:
+            self.forwards += other.forwards
+            self.backwards += other.backwards
+            self.queries += other.queries
+
 
 class Access(nn.Module):
     """All that an attack gets of a defense, by setting; counts what it uses.
 
     draws: EOT draws behind every forward pass and gradient (1 = one draw of all members).
     gradients: False for query access: forward() then carries no gradient.
-    loss: what the attacker maximises by default; None leaves the choice to the attack.
+    losses: those of the attacker who knows the defense, strongest first; knows: the first of them
+    is the default, else cross-entropy.
     own: False where the answers come from an oracle, so that a broken example says nothing yet.
+    goal: what counts as lost - an accepted error (no answer is half of one), or any answer but
+    the label. selection: draws by which candidates are compared. start: where earlier stages of a
+    suite have come to, the shape of x; stages: those of the defense's own suite. notes: what an
+    attack has to say about itself, kept in the record.
     """
 
     def __init__(
@@ -66,16 +80,37 @@ class Access(nn.Module):
         *,
         draws: int = 1,
         gradients: bool = True,
-        loss: Loss | None = None,
+        losses: Mapping[str, Loss] = MappingProxyType({}),
+        knows: bool = True,
         own: bool = True,
+        goal: Goal = "error",
     ) -> None:
         super().__init__()
-        self.deployed, self.gradients, self.loss, self.own = deployed, gradients, loss, own
+        self.deployed, self.gradients, self.own, self.goal = deployed, gradients, own, goal
+        self.losses, self.knows = losses, knows
         self.draws = draws if deployed.stochastic else 1
         self.cost = Cost()
         self.trace: dict[str, np.ndarray] = {}
+        self.selection = 20 if self.draws > 1 else 5
+        self.start: Tensor | None = None
+        self.stages: Sequence[Any] = ()
+        self.notes: dict[str, Any] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None  # progress of an attack
         self.training = False
+
+    def like(self, draws: int) -> Access:
+        """The same access with another number of draws; both count together."""
+        other = Access(
+            self.deployed,
+            draws=draws,
+            gradients=self.gradients,
+            losses=self.losses,
+            knows=self.knows,
+            own=self.own,
+            goal=self.goal,
+        )
+        other.cost = self.cost
+        return other
 
     @property
     def exact(self) -> bool:
@@ -136,37 +171,74 @@ class Access(nn.Module):
         """The draws by calls of the whole defense; too few for one stand for one."""
         return split(draw, self.deployed.draws)
 
-    def gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None = None) -> Step:
+    def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, L) scores over fresh draws, and (N, L, C, H, W) the gradient of each by x."""
+        self._check_gradients()
+
+        def run() -> tuple[Tensor, Tensor]:
+            size = max(1, self.deployed.chunk // self.draws)
+            scores, gradients = zip(*(self._jacobian(xs) for xs in x.split(size)), strict=True)
+            return torch.cat(scores), torch.cat(gradients)
+
+        return self.deployed.retried(run)
+
+    def _jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        self.count(len(x), self.draws)
+        scores = self.deployed.rule.scores(self.deployed.sample(x, self.draws))
+        rows = []
+        for label in range(scores.shape[1]):
+            self.count(len(x), self.draws, backwards=True)
+            (row,) = torch.autograd.grad(scores[:, label].sum(), x, retain_graph=True)
+            rows.append(row)
+        return scores.detach(), torch.stack(rows, dim=1)
+
+    def _check_gradients(self) -> None:
+        if not self.gradients:
+            raise RuntimeError("the setting blackbox gives no gradients, only answers to queries")
+
+    def gradient(
+        self,
+        x: Tensor,
+        y: Tensor,
+        loss: Loss,
+        target: Tensor | None = None,
+        balanced: bool = False,
+    ) -> Step:
         """The loss over fresh draws and its gradient by x, exact in the memory of one pass.
 
         All draws are first made without gradient, the loss is differentiated by their logits, and
         each pass is replayed from its own random state; a single pass needs no replay.
+        balanced: the gradient through each member is scaled to the same mean absolute value
+        before they are added, so that no member's steepness hides the others.
         RuntimeError where the setting gives no gradients.
         """
-        if not self.gradients:
-            raise RuntimeError("the setting blackbox gives no gradients, only answers to queries")
+        self._check_gradients()
 
         def run() -> Step:
             parts = [
-                self._gradient(xs, ys, loss, ts)
+                self._gradient(xs, ys, loss, ts, balanced)
                 for xs, ys, ts in _batches(x, y, target, self.deployed.chunk)
             ]
             return Step(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
         return self.deployed.retried(run)
 
-    def _gradient(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None) -> Step:
+    def _gradient(
+        self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, balanced: bool
+    ) -> Step:
         x = x.detach().requires_grad_()
         needs_features = getattr(loss, "features", False)
         slices = self.deployed.slices(len(x), self.draws)
         self.count(len(x), self.draws)
         self.count(len(x), self.draws, backwards=True)
-        if len(slices) == 1 or not self.deployed.stochastic:
+        balanced = balanced and len(self.deployed.members) > 1
+        if not balanced and (len(slices) == 1 or not self.deployed.stochastic):
             draw = self.deployed.sample(x, self.draws, needs_features)
             values = loss(draw, y, target)
-            lost = self._lost(draw, y, target)
+            lost = self._lost(draw, y, _sought(loss, target))
             return Step(values.detach(), torch.autograd.grad(values.sum(), x)[0], lost)
-        if getattr(loss, "per_draw", False):
+        if not balanced and getattr(loss, "per_draw", False):
             return self._summed(x, y, loss, target, slices)
         states, draws = [], []
         with torch.no_grad():
@@ -180,14 +252,23 @@ class Access(nn.Module):
         by_draw = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
         self.count(len(x), self.draws)
         total, start = torch.zeros_like(x), 0
+        by_member = torch.zeros(len(self.deployed.members) if balanced else 0, *x.shape).to(x)
         for size, state in zip(slices, states, strict=True):
             set_random_state(self.device, state)
             outputs = [t for t in self.deployed.sample(x, size, needs_features) if t is not None]
             weights = [part[start : start + size] for part in by_draw]
-            total += torch.autograd.grad(outputs, x, weights)[0]
+            for index, gradient in enumerate(by_member):
+                ends = [output[:, index] for output in outputs]
+                starts = [weight[:, index] for weight in weights]
+                gradient += torch.autograd.grad(ends, x, starts, retain_graph=True)[0]
+            if not balanced:
+                total += torch.autograd.grad(outputs, x, weights)[0]
             start += size
         set_random_state(self.device, after)
-        return Step(values.detach(), total, self._lost(leaf, y, target))
+        if balanced:
+            sizes = by_member.abs().mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-30)
+            total = (by_member / sizes).sum(dim=0)
+        return Step(values.detach(), total, self._lost(leaf, y, _sought(loss, target)))
 
     def _summed(
         self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, slices: list[int]
@@ -199,7 +280,7 @@ class Access(nn.Module):
             values = loss(draw, y, target)
             share = size / self.draws
             gradient = torch.autograd.grad(values.sum(), x)[0]
-            lost = self._lost(draw, y, target)
+            lost = self._lost(draw, y, _sought(loss, target))
             total = Step(
                 total.loss + share * values.detach(),
                 total.gradient + share * gradient,
@@ -209,13 +290,15 @@ class Access(nn.Module):
 
     @torch.no_grad()
     def _lost(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
-        """Mean over the calls: 1 for an error, 0.5 for no answer (targeted: 1 for the target)."""
+        """Mean over the calls: 1 for the attacker's goal, 0.5 for no answer short of it."""
         calls = self.calls(draw)
         labels = torch.stack([self.deployed.rule.decide(call) for call in calls])
         if target is not None:
             return (labels == target).float().mean(dim=0)
-        unanswered = (labels == ABSTAIN).float().mean(dim=0)
-        return (labels != y).float().mean(dim=0) - unanswered / 2
+        missed = (labels != y).float().mean(dim=0)
+        if self.goal == "denial":
+            return missed
+        return missed - (labels == ABSTAIN).float().mean(dim=0) / 2
 
     @torch.no_grad()
     def judge(self, x: Tensor, y: Tensor, loss: Loss, target: Tensor | None, draws: int) -> Verdict:
@@ -224,8 +307,14 @@ class Access(nn.Module):
         self.count(len(x), draws)
         draw = self.deployed.draw(x, draws, getattr(loss, "features", False))
         labels = draw.logits.argmax(dim=-1)  # (S, M, N)
-        votes = (labels != y if target is None else labels == target).float().mean(dim=(0, 1))
-        return Verdict(self._lost(draw, y, target), votes, loss(draw, y, target))
+        sought = _sought(loss, target)
+        votes = (labels != y if sought is None else labels == sought).float().mean(dim=(0, 1))
+        return Verdict(self._lost(draw, y, _sought(loss, target)), votes, loss(draw, y, target))
+
+
+def _sought(loss: Loss, target: Tensor | None) -> Tensor | None:
+    """The target that must be reached; None where it only steers and any error will do."""
+    return None if getattr(loss, "any_error", False) else target
 
 
 def _detached(draw: Draw) -> Draw:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 Norm = Literal["linf", "l2", "l1", "l0", "none"]
+Goal = Literal["error", "denial"]
+GOALS: tuple[Goal, ...] = get_args(Goal)
 NORM_NAMES: tuple[Norm, ...] = get_args(Norm)
 ABSOLUTE_SLACK, RELATIVE_SLACK = 1e-6, 1e-5  # float32 rounding of x' itself, no gift to the attack
 
@@ -62,12 +64,17 @@ Eps = Annotated[Fraction, BeforeValidator(parse_eps), PlainSerializer(format_eps
 
 
 class Threat(BaseModel):
-    """What the attacker may do: norm, ε (None: unbounded or minimum-norm), and the target rule."""
+    """What the attacker may do: norm, ε (None: unbounded or minimum-norm), and the target rule.
+
+    goal: what the attacker wants of a defense that may give no answer - an `error` that it
+    accepts, or `denial`: any answer but the label, none included.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     norm: Norm = "linf"
     eps: Eps | None = None
     target: Literal["none", "random", "least-likely"] | int = "none"
+    goal: Goal = "error"
 
     @property
     def targeted(self) -> bool:
@@ -75,7 +82,8 @@ class Threat(BaseModel):
 
     def __str__(self) -> str:
         target = "" if self.target == "none" else f" target={self.target}"
-        return f"{self.norm} {format_eps(self.eps)}{target}"
+        goal = "" if self.goal == "error" else f" goal={self.goal}"
+        return f"{self.norm} {format_eps(self.eps)}{target}{goal}"
 
 
 def parse_norm(text: str) -> Norm:
@@ -203,6 +211,52 @@ def project(x_adv: Tensor, x: Tensor, norm: Norm, eps: float) -> Tensor:
     """x_adv clipped to the box, then to the ball around x; x in the box keeps the result in it."""
     delta = (x_adv.clamp(0, 1) - x).flatten(1)
     return (x + _BALLS[norm].project(delta, eps).view_as(x)).clamp(0, 1)
+
+
+def shrink(x_adv: Tensor, x: Tensor, norm: Norm, eps: float) -> Tensor:
+    """x_adv clipped to the ball around x alone, whatever the box."""
+    delta = (x_adv - x).flatten(1)
+    return x + _BALLS[norm].project(delta, eps).view_as(x)
+
+
+def surface_start(x: Tensor, norm: Norm, eps: float, rng: Generator) -> Tensor:
+    """On the surface of the ball as AutoAttack starts (linf: from a cube, l2: in any direction, l1:
+    the nearest point to Gaussian noise), then clipped to the box. Drawn on the CPU."""
+    import torch
+
+    if norm == "l1":
+        return project_l1(x + torch.randn(x.shape, generator=rng).to(x), x, eps)
+    if norm == "linf":
+        drawn = 2 * torch.rand(x.shape, generator=rng) - 1
+    else:
+        drawn = torch.randn(x.shape, generator=rng)
+    length = _BALLS[norm].length(drawn.flatten(1)).view(-1, *[1] * (x.dim() - 1))
+    return (x + (eps * drawn / length.clamp_min(1e-12)).to(x)).clamp(0, 1)
+
+
+def project_l1(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The nearest point in l2 of the intersection of box and l1 ball (Croce & Hein 2021,
+    arXiv:2103.01208, section 3), by bisection for the one shrinkage λ that all pixels share; so
+    far inside that the rounding of x' to float32, pixel by pixel, does not add up to more."""
+    import torch
+
+    eps = max(eps - 2**-24 * x[0].numel(), 0.9 * eps)
+    delta = (x_adv - x).flatten(1).double()
+    base = x.flatten(1).double()
+    room = torch.where(delta > 0, 1 - base, base)
+    size = delta.abs()
+
+    def shrunk(by: Tensor) -> Tensor:
+        return (size - by[:, None]).clamp_min(0).minimum(room)
+
+    low, high = torch.zeros_like(size[:, 0]), size.amax(dim=1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        outside = shrunk(middle).sum(dim=1) > eps
+        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
+    inside = shrunk(torch.zeros_like(low)).sum(dim=1) <= eps
+    kept = shrunk(high.masked_fill(inside, 0)) * delta.sign()
+    return (x + kept.to(x).view_as(x)).clamp(0, 1)
 
 
 def ascend(gradient: Tensor, x: Tensor, norm: Norm) -> Tensor:

@@ -29,8 +29,9 @@ LIBRARIES = ("torchattacks", "art")
 class Attack:
     """A registered attack: its function and what it can do and needs.
 
-    minimal: searches the smallest perturbation and is read at every ε. faults: known defects, as
-    `list attacks` shows them. refusal: why it cannot be believed at all, None where it can.
+    minimal: searches the smallest perturbation and is read at every ε. suite: runs the stages that
+    the attacked defense names. faults: known defects, as `list attacks` shows them. refusal: why
+    it cannot be believed at all, None where it can.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Attack:
     version: int = 1
     faults: str = ""
     refusal: str | None = None
-    own_draws: bool = False
+    suite: bool = False
     open_settings: type[BaseModel] | None = field(default=None, compare=False)
 
     @cached_property
@@ -115,7 +116,7 @@ class Configured:
         given = check_settings("attack", entry.name, entry.settings, dict(spec.settings))
         canonical = given.model_dump(mode="json", exclude_defaults=True)
         settings = tuple(sorted(canonical.items()))
-        return cls(entry, Spec(name=entry.name, settings=settings), given.model_dump())
+        return cls(entry, Spec(name=entry.name, settings=settings), dict(given))
 
     def __call__(
         self, access: Access, x: Tensor, y: Tensor, threat: Threat, rng: Generator
@@ -142,6 +143,17 @@ def check_settings(
                 given_as = f"{place} = {problem['input']!r}: " if place else ""
                 problems.append(f"{kind} {name}: {given_as}{text}")
         raise InputError("; ".join(problems)) from None
+
+
+def attacked_label(
+    access: Access, x: Tensor, y: Tensor, label: Literal["truth", "predicted"]
+) -> Tensor:
+    """(N,) the true labels, or those that the answer to x itself has: published attacks that guess
+    the label work on them, and can repair an image that was wrong."""
+    if label == "truth":
+        return y
+    with torch.no_grad():
+        return access.scores(x).argmax(dim=1)
 
 
 def choose_targets(

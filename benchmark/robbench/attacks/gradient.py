@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access, Verdict
-from robbench.attacks import attack, choose_targets
-from robbench.attacks.losses import choose
+from robbench.attacks import attack, attacked_label, choose_targets
+from robbench.attacks.losses import Towards, choose
 from robbench.randomness import random_state, set_random_state
 from robbench.rules import Loss
 from robbench.threat import Eps, Norm, Threat, ascend, project, random_start
@@ -30,6 +30,42 @@ TRACED = 5  # steps of which the loss is kept
 LARGEST = float(np.finfo(np.float16).max)  # logits of a million are a fault that the trace can say
 Steps = Annotated[int, Field(ge=1)]
 Keep = Literal["best", "last"]
+Label = Literal["truth", "predicted"]
+
+
+class Trace:
+    """What the gradients of one climb were like, per image of the batch."""
+
+    def __init__(self, n: int, steps: int) -> None:
+        self.marks = np.linspace(0, steps - 1, TRACED).round().astype(int)
+        self.losses = np.full((TRACED, n), np.nan, dtype=np.float32)
+        self.evaluations, self.zeros, self.dead = torch.zeros(3, n)
+
+    def note(self, step: int, active: Tensor, value: Tensor, gradient: Tensor) -> None:
+        """FloatingPointError for a loss or gradient of the images `active` that is not finite."""
+        if not bool(value.isfinite().all()) or not bool(gradient.isfinite().all()):
+            broken = ~(value.isfinite() & gradient.isfinite().flatten(1).all(dim=1))
+            bad = int(broken.sum())
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {step} for {bad} images"
+            )
+        index = active.cpu()
+        self.losses[np.ix_(np.flatnonzero(self.marks == step), index.numpy())] = value.cpu().numpy()
+        zero = (gradient == 0).flatten(1).float().mean(dim=1).cpu()
+        self.evaluations[index] += 1
+        self.zeros[index] += zero
+        self.dead[index] += (zero == 1).float()
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """loss (5, N) at evenly spaced steps (NaN once broken); zero_gradient (N,) mean share of
+        zero pixels and dead (N,) share of all-zero gradients, over the evaluations made."""
+        made = self.evaluations.clamp_min(1)
+        return {
+            "loss": self.losses.clip(-LARGEST, LARGEST).astype(np.float16),
+            "zero_gradient": (self.zeros / made).numpy().astype(np.float16),
+            "dead": (self.dead / made).numpy().astype(np.float16),
+        }
 
 
 @dataclass(frozen=True)
@@ -54,10 +90,11 @@ def fgsm(
     *,
     random: bool = False,
     loss: str = "auto",
+    label: Label = "truth",
 ) -> Tensor:
     """One step of length ε; with `random` from a random point of the ball (Wong et al. 2020)."""
-    plan = Plan(1, _eps(threat), random=random, keep="last")
-    return run(access, x, y, threat, rng, plan, loss)
+    plan = Plan(1, radius(threat), random=random, keep="last")
+    return run(access, x, y, threat, rng, plan, loss, label)
 
 
 @attack("bim", norms=NORMS, aliases=("ifgsm",), version=2)
@@ -72,10 +109,11 @@ def bim(
     step: Eps | None = None,
     loss: str = "auto",
     keep: Keep = "best",
+    label: Label = "truth",
 ) -> Tensor:
     """Iterated FGSM from x itself; step defaults to 2.5 ε / steps."""
     plan = Plan(steps, _step(threat, step, steps), random=False, keep=keep)
-    return run(access, x, y, threat, rng, plan, loss)
+    return run(access, x, y, threat, rng, plan, loss, label)
 
 
 @attack("pgd", norms=NORMS, version=2)
@@ -92,10 +130,11 @@ def pgd(
     restarts: Steps = 1,
     loss: str = "auto",
     keep: Keep = "best",
+    label: Label = "truth",
 ) -> Tensor:
     """BIM from random points of the ball; restarts keep the worst point per example."""
     plan = Plan(steps, _step(threat, step, steps), 0.0, random, restarts, keep)
-    return run(access, x, y, threat, rng, plan, loss)
+    return run(access, x, y, threat, rng, plan, loss, label)
 
 
 @attack("mim", norms=NORMS, version=2)
@@ -111,20 +150,75 @@ def mim(
     decay: Annotated[float, Field(ge=0)] = 1.0,
     loss: str = "auto",
     keep: Keep = "best",
+    label: Label = "truth",
 ) -> Tensor:
     """BIM along an accumulated gradient, each normalised by its mean absolute value."""
     plan = Plan(steps, _step(threat, step, steps), decay, random=False, keep=keep)
-    return run(access, x, y, threat, rng, plan, loss)
+    return run(access, x, y, threat, rng, plan, loss, label)
 
 
-def _eps(threat: Threat) -> float:
+@attack("ilcm", norms=NORMS)
+def ilcm(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    steps: Steps = 10,
+    step: Eps | None = None,
+    loss: str = "auto",
+    keep: Keep = "best",
+) -> Tensor:
+    """Iterated steps towards the label that x is least likely to have; any error counts
+    (Kurakin et al. 2017, arXiv:1607.02533)."""
+    plan = Plan(steps, _step(threat, step, steps), random=False, keep=keep)
+    return _steered(access, x, y, threat, rng, plan, loss, "least-likely")
+
+
+@attack("step-target", norms=NORMS)
+def step_target(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    towards: Literal["least-likely", "random"] = "least-likely",
+    loss: str = "auto",
+) -> Tensor:
+    """One step of length ε towards another label; any error counts (the one-step target class
+    method of Kurakin et al. 2017, arXiv:1611.01236)."""
+    plan = Plan(1, radius(threat), random=False, keep="last")
+    return _steered(access, x, y, threat, rng, plan, loss, towards)
+
+
+def _steered(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    plan: Plan,
+    loss: str,
+    towards: Literal["least-likely", "random"],
+) -> Tensor:
+    """Towards a label by this rule, any error counting; a threat with a target keeps it."""
+    if threat.targeted:
+        return run(access, x, y, threat, rng, plan, loss)
+    aimed = threat.model_copy(update={"target": towards})
+    return run(access, x, y, aimed, rng, plan, loss, steers=True)
+
+
+def radius(threat: Threat) -> float:
+    """ε as a number."""
     if threat.eps is None:
         raise ValueError("a gradient attack needs an ε")
     return float(threat.eps)
 
 
 def _step(threat: Threat, step: object, steps: int) -> float:
-    return 2.5 * _eps(threat) / steps if step is None else float(step)  # type: ignore[arg-type]
+    return 2.5 * radius(threat) / steps if step is None else float(step)  # type: ignore[arg-type]
 
 
 def run(
@@ -135,12 +229,19 @@ def run(
     rng: Generator,
     plan: Plan,
     loss_name: str,
+    label: Label = "truth",
+    steers: bool = False,
 ) -> Tensor:
-    """All restarts, the worst point of each image; leaves the trace in access."""
+    """All restarts, the worst point of each image; leaves the trace in access.
+
+    steers: the target gives the direction, but any error counts."""
     loss = choose(access, loss_name)
+    if steers:
+        loss = Towards(loss)
+    y = attacked_label(access, x, y, label)
     target = choose_targets(access, x, y, threat, rng)
     starts = [
-        random_start(x, threat.norm, _eps(threat), rng) if plan.random else x
+        random_start(x, threat.norm, radius(threat), rng) if plan.random else x
         for _ in range(plan.restarts)
     ]
     loop = _Loop(access, x, y, target, threat, plan, loss)
@@ -148,7 +249,7 @@ def run(
     for index, start in enumerate(starts):
         candidates += loop.climb(start, index)
     worst, winner = worst_of(access, candidates, y, target, loss)
-    access.trace = loop.trace | {
+    access.trace = loop.trace.arrays | {
         "restart": (winner // (len(candidates) // len(starts))).cpu().numpy().astype(np.uint8)
     }
     return worst
@@ -157,31 +258,40 @@ def run(
 def worst_of(
     access: Access, candidates: list[Tensor], y: Tensor, target: Tensor | None, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Per image the candidate that costs the defense most (Access.judge), and its index.
+    """Per image the candidate that costs the defense most, and its index; see select."""
+    if len(candidates) == 1:
+        return candidates[0], torch.zeros_like(y)
+    return select(access, candidates, y, target, loss)[:2]
+
+
+def select(
+    access: Access, candidates: list[Tensor], y: Tensor, target: Tensor | None, loss: Loss
+) -> tuple[Tensor, Tensor, Verdict]:
+    """Per image the candidate that costs the defense most (Access.judge), its index, and what it
+    costs.
 
     All are compared on the same selection draws, which scoring never sees again; there are enough
     for whole calls of the defense, at least 20 where the attack itself averages over draws.
     """
-    if len(candidates) == 1:
-        return candidates[0], torch.zeros_like(y)
     state = random_state(access.device)
     winner = torch.zeros_like(y)
     per_call = access.deployed.draws
-    draws = per_call * math.ceil((20 if access.draws > 1 else 5) / per_call)
+    draws = per_call * math.ceil(access.selection / per_call)
     best, verdict = candidates[0], access.judge(candidates[0], y, loss, target, draws)
     for index, candidate in enumerate(candidates[1:], start=1):
         set_random_state(access.device, state)
         other = access.judge(candidate, y, loss, target, draws)
         better = other.worse_than(verdict)
-        best = torch.where(_column(better, best), candidate, best)
+        best = torch.where(column(better, best), candidate, best)
         verdict = Verdict(
             *(torch.where(better, new, old) for new, old in zip(other, verdict, strict=True))
         )
         winner = winner.masked_fill(better, index)
-    return best, winner
+    return best, winner, verdict
 
 
-def _column(flags: Tensor, images: Tensor) -> Tensor:
+def column(flags: Tensor, images: Tensor) -> Tensor:
+    """(N,) numbers as (N, 1, 1, 1), to go with images."""
     return flags.view(-1, *[1] * (images.dim() - 1))
 
 
@@ -199,20 +309,8 @@ class _Loop:
         loss: Loss,
     ) -> None:
         self.access, self.x, self.y, self.target = access, x, y, target
-        self.norm, self.eps, self.plan, self.loss = threat.norm, _eps(threat), plan, loss
-        self.losses = np.full((TRACED, len(x)), np.nan, dtype=np.float32)
-        self.evaluations, self.zeros, self.dead = torch.zeros(3, len(x))
-
-    @property
-    def trace(self) -> dict[str, np.ndarray]:
-        """loss (5, N) at evenly spaced steps (NaN once broken); zero_gradient (N,) mean share of
-        zero pixels and dead (N,) share of all-zero gradients, over the evaluations made."""
-        made = self.evaluations.clamp_min(1)
-        return {
-            "loss": self.losses.clip(-LARGEST, LARGEST).astype(np.float16),
-            "zero_gradient": (self.zeros / made).numpy().astype(np.float16),
-            "dead": (self.dead / made).numpy().astype(np.float16),
-        }
+        self.norm, self.eps, self.plan, self.loss = threat.norm, radius(threat), plan, loss
+        self.trace = Trace(len(x), plan.steps)
 
     def climb(self, start: Tensor, restart: int = 0) -> list[Tensor]:
         """The candidates of one start: the best iterate, and the last where that is uncertain."""
@@ -227,7 +325,7 @@ class _Loop:
             here = current[active]
             aim = None if self.target is None else self.target[active]
             value, gradient, lost = access.gradient(here, self.y[active], self.loss, aim)
-            self._note(step, active, value, gradient)
+            self.trace.note(step, active, value, gradient)
             access.report(restart * plan.steps + step + 1, plan.restarts * plan.steps)
             better = value > best_loss[active]
             if stops:  # no answer is nearer to an error than any loss of an answer that is right
@@ -268,19 +366,4 @@ class _Loop:
         end = self.access.judge(current[active], self.y[active], self.loss, aim, 1)
         before = Verdict(best_lost[active], end.votes, best_loss[active])
         better = end.worse_than(before)
-        return torch.where(_column(better, best), current[active], best[active])
-
-    def _note(self, step: int, active: Tensor, value: Tensor, gradient: Tensor) -> None:
-        if not bool(value.isfinite().all()) or not bool(gradient.isfinite().all()):
-            broken = ~(value.isfinite() & gradient.isfinite().flatten(1).all(dim=1))
-            bad = int(broken.sum())
-            raise FloatingPointError(
-                f"the loss or its gradient is not finite at step {step} for {bad} images"
-            )
-        index, steps = active.cpu(), self.plan.steps
-        marks = np.linspace(0, steps - 1, TRACED).round().astype(int)
-        self.losses[np.ix_(np.flatnonzero(marks == step), index.numpy())] = value.cpu().numpy()
-        zero = (gradient == 0).flatten(1).float().mean(dim=1).cpu()
-        self.evaluations[index] += 1
-        self.zeros[index] += zero
-        self.dead[index] += (zero == 1).float()
+        return torch.where(column(better, best), current[active], best[active])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robbench.access import Access
 from robbench.errors import InputError, unknown
-from robbench.rules import Draw, Loss, Rule
+from robbench.rules import Draw, Loss, MeanProbabilities, Rule
 
 ScoreLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -73,6 +73,17 @@ class Votes:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Minus the logarithm of the largest smoothed vote share, the mean softmax over draws and
+    members, in nats from 0 to log L: what leaves a vote without a majority. Targeted: the
+    logarithm of the target's share."""
+
+    def __call__(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        shares = MeanProbabilities().scores(draw).log_softmax(dim=-1)
+        return -shares.amax(dim=-1) if target is None else _pick(shares, target)
+
+
+@dataclass(frozen=True)
 class Scored:
     """A loss on the scores of a rule, whatever rule the attacked defense has."""
 
@@ -83,21 +94,45 @@ class Scored:
         return self.of(self.rule.scores(draw), y, target)
 
 
+@dataclass(frozen=True)
+class Towards:
+    """A loss whose target only steers: any error is a success, not just the target."""
+
+    loss: Loss
+    any_error: ClassVar[bool] = True
+
+    @property
+    def per_draw(self) -> bool:
+        return getattr(self.loss, "per_draw", False)
+
+    @property
+    def features(self) -> bool:
+        return getattr(self.loss, "features", False)
+
+    def __call__(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        return self.loss(draw, y, target)
+
+
 SCORE_LOSSES: dict[str, ScoreLoss] = {"ce": ce, "margin": margin, "dlr": dlr}
 DRAW_LOSSES: dict[str, Loss] = {"vote": Votes()}
 
 
 def choose(access: Access, name: str) -> Loss:
-    """The loss of this name; 'auto' is the defense's own in the setting adaptive, else CE."""
+    """The loss of this name; 'auto' is the defense's first own in the setting adaptive, else CE.
+
+    A name of the defense's own losses is that, before one of ours."""
     if name == "auto":
-        return access.loss or access.score_loss(ce)
+        known = next(iter(access.losses.values()), None) if access.knows else None
+        return known or access.score_loss(ce)
+    if name in access.losses:
+        return access.losses[name]
     if name == "dlr" and access.deployed.labels < 3:
         raise InputError("the loss dlr is a constant with 2 labels; write loss=ce or loss=margin")
     if name in SCORE_LOSSES:
         return access.score_loss(SCORE_LOSSES[name])
     if name in DRAW_LOSSES:
         return DRAW_LOSSES[name]
-    raise unknown("loss", name, ["auto", *SCORE_LOSSES, *DRAW_LOSSES])
+    raise unknown("loss", name, ["auto", *access.losses, *SCORE_LOSSES, *DRAW_LOSSES])
 
 
 def _pick(scores: Tensor, label: Tensor) -> Tensor:
