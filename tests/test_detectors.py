@@ -18,13 +18,13 @@ from torch import nn
 from robbench import datasets, registry
 from robbench.access import Access
 from robbench.attacks import Configured
-from robbench.attacks.losses import Votes
+from robbench.attacks.losses import Scored, Votes
 from robbench.checkpoints import Shelf, key_of
 from robbench.cli import main
 from robbench.datasets import Split
 from robbench.defense import canonical, resolve, with_preset
 from robbench.deployed import Deployed
-from robbench.detectors import DETECTORS, Detected, Evasion, calibrate, configure
+from robbench.detectors import DETECTORS, Denial, Detected, Evasion, calibrate, configure
 from robbench.errors import InputError
 from robbench.grid import Block
 from robbench.metrics.detection import auc
@@ -34,7 +34,7 @@ from robbench.threat import Threat
 CPU = torch.device("cpu")
 SPEC = "network=mlp(hidden=[32]), epochs=15"
 NOISY = "ito(network=quick(width=2), epochs=1, base=standard(epochs=2), members=2, draws=2)"
-OF_FEATURES = ["k-density", "lid"]
+OF_FEATURES = ["k-density", "lid", "union"]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_defense_with_noise_votes_and_members_takes_one(name, shelf, digits):
     access = Access(trained.deployed, draws=4)
     access.deployed.chunk = 10  # a pass holds one draw, so that draws are replayed
     x, y = digits.test.x[:10], digits.test.y[:10]
-    for loss in (trained.loss, Votes()):
+    for loss in (trained.losses["evasion"], Votes()):
         step = access.gradient(x, y, loss)
         assert step.gradient.isfinite().all()
         assert step.gradient.abs().sum() > 0
@@ -215,8 +215,8 @@ def with_detector(text, name):
 def test_the_attacker_who_knows_the_detector_passes_it_more_often(name, deploy, digits):
     trained, subset = deploy("standard", f", detector={name}"), digits.subset(100)
     threat, passed = Threat(norm="linf", eps="0.15"), []
-    for loss in (trained.loss, None):
-        access, rng = Access(trained.deployed, loss=loss), torch.Generator().manual_seed(0)
+    for losses in (trained.losses, {}):
+        access, rng = Access(trained.deployed, losses=losses), torch.Generator().manual_seed(0)
         x = Configured.of("pgd(steps=30)")(access, subset.x, subset.y, threat, rng)
         answers = trained.deployed.decide(x, 1)[0]
         passed.append(int(((answers != subset.y) & (answers != ABSTAIN)).sum()))
@@ -232,6 +232,64 @@ def test_its_loss_is_that_of_the_defense_until_the_prediction_is_wrong():
     assert torch.equal(value[~wrong], base[~wrong])
     lacking = 1 - rule.detector.score(draw, rule.scores(draw))
     torch.testing.assert_close(value[wrong], (base - Evasion.weight * lacking)[wrong])
+
+
+def parts_of(model, x):
+    """(P, N) the score of each detector of a union."""
+    draw = model.draw(x, 1)
+    return model.rule.detector.parts(draw, model.rule.scores(draw)).numpy()
+
+
+def test_a_union_refuses_where_one_of_its_detectors_is_below_its_own_threshold(deploy, digits):
+    model = deploy("rce", ", detector=union, fpr=0.1").deployed
+    clean, parts = parts_of(model, digits.validation.x), parts_of(model, digits.test.x)
+    middle, low = (np.quantile(clean, q, axis=1, keepdims=True) for q in (0.5, 0.05))
+    depth = float(model.rule.thresholds[0])  # in units of the distance from the median to 5 %
+    alarms = parts < middle + depth * (middle - low)
+    assert alarms.sum(axis=1).all()
+    refused = model.decide(digits.test.x, 1)[0] == ABSTAIN
+    np.testing.assert_array_equal(refused.numpy(), alarms.any(axis=0))
+
+
+def test_no_detector_of_a_union_gives_nearly_all_of_its_alarms(deploy, digits):
+    model = deploy("rce", ", detector=union, fpr=0.1").deployed
+    detector, clean = model.rule.detector, parts_of(model, digits.validation.x)
+    first = ((clean - detector._medians.numpy()) / detector._spreads.numpy()).argmin(axis=0)
+    refused = (model.decide(digits.validation.x, 1)[0] == ABSTAIN).numpy()
+    assert np.bincount(first[refused], minlength=4).max() <= 0.75 * refused.sum()
+
+
+@pytest.mark.parametrize("name", ["confidence", "k-density"])
+def test_a_union_of_one_detector_refuses_what_that_one_does(name, deploy, digits):
+    text = f"'union(of=[{name}])'"
+    alone, union = (deploy("rce", f", detector={spec}").deployed for spec in (name, text))
+    assert torch.equal(alone.decide(digits.test.x, 1), union.decide(digits.test.x, 1))
+
+
+def test_denial_is_positive_for_a_refusal_or_an_error_and_for_nothing_else():
+    draw, references = randoms(n=60)
+    detector = configure("k-density").fit(references)
+    middle = scored(detector, draw).median()
+    rule = Detected(MeanProbabilities(), detector, middle.expand(3))
+    y = torch.randint(3, (60,), generator=torch.Generator().manual_seed(3))
+    value, answers = Denial(rule, Scored(rule))(draw, y, None), rule.decide(draw)
+    assert torch.equal(value > 0, answers != y)
+    assert bool((answers == ABSTAIN).any()) and bool((answers == y).any())
+
+
+@pytest.mark.parametrize("name", ["confidence", "lid"])
+def test_the_attacker_who_wants_no_answer_leaves_fewer_right_ones(name, deploy, digits):
+    trained, subset = deploy("standard", f", detector={name}"), digits.subset(100)
+    rule, right = trained.deployed.rule, []
+    for goal, loss in (
+        ("denial", Denial(rule, Scored(rule))),
+        ("error", trained.losses["evasion"]),
+    ):
+        access = Access(trained.deployed, losses={"own": loss}, goal=goal)
+        threat, rng = Threat(norm="linf", eps="0.05"), torch.Generator().manual_seed(0)
+        x = Configured.of("pgd(steps=10)")(access, subset.x, subset.y, threat, rng)
+        right.append(int((trained.deployed.decide(x, 1)[0] == subset.y).sum()))
+    assert right[0] < right[1]
 
 
 def test_scores_rank_attacked_images_as_scikit_learn_counts(deploy, digits):
@@ -261,6 +319,7 @@ def test_a_detector_makes_an_adaptive_cell(digits):
 @pytest.mark.parametrize(
     "text",
     ["rce(detector=k-density)", "rce(detector='k-density(bandwidth=0.62)', fpr=0.01)"]
+    + ["rce(detector='union(of=[lid, non-me])')"]
     + ["standard(detector='lid(k=5, per=label)') & rce(detector='lid(per=label, k=5)')"],
 )
 def test_a_detector_survives_being_written_as_text(text):
@@ -283,6 +342,7 @@ def test_a_rate_is_a_share_or_a_percentage(text):
         ("rce(detector='k-density(bandwith=1)')", "did you mean 'bandwidth'"),
         ("rce(detector='k-density(bandwidth=0)')", "bandwidth = 0"),
         ("rce(detector='lid & non-me')", "cannot be joined"),
+        ("rce(detector='union(of=[lod])')", "of.0 = 'lod'"),
         ("rce(detector=lid, fpr=5)", "write one such as 5% or 0.05"),
         ("rce(detector=lid, fpr=some)", "some is no share"),
         ("rce(fpr=0.1)", "add detector="),
@@ -354,8 +414,9 @@ def test_every_defense_takes_a_detector(name, digits):
 
 def test_a_network_without_activations_takes_a_detector_of_scores(digits):
     model = Deployed(nn.ModuleList([Bare()]), MeanProbabilities(), digits.shape, 10)
-    rule = calibrate(model, "confidence", 0.05, digits, 0)
-    assert rule.decide(model.draw(digits.test.x, 1)).shape == (500,)
+    for text in ("confidence", "union(of=[confidence, non-me])"):
+        rule = calibrate(model, text, 0.05, digits, 0)
+        assert rule.decide(model.draw(digits.test.x, 1)).shape == (500,)
 
 
 def run(capsys, *arguments):

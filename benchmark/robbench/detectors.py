@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
@@ -28,6 +28,7 @@ from robbench.registry import Spec
 from robbench.rules import ABSTAIN, Draw, Loss, Rule
 
 MEDIAN_OF = 100  # references per label that the default bandwidth is measured on
+TAIL = 0.05  # the quantile of clean scores that a union of detectors puts at -1
 
 
 class Detector(BaseModel):
@@ -41,9 +42,26 @@ class Detector(BaseModel):
     name: ClassVar[str]
     per: Literal["all", "label"] = "all"
 
+    @property
+    def features(self) -> bool:
+        """Whether it looks at the last hidden activations."""
+        return False
+
     def score(self, draw: Draw, scores: Tensor) -> Tensor:
         """(N,), differentiable: of one call's draws and the rule's scores (N, L) of them."""
-        raise NotImplementedError
+        return self.joined(self.parts(draw, scores))
+
+    def parts(self, draw: Draw, scores: Tensor) -> Tensor:
+        """(P, N) what the score is made of, each part on its own scale."""
+        return self.score(draw, scores)[None]
+
+    def standardised(self, parts: Tensor) -> Detector:
+        """The detector that knows these parts (P, N) of clean images."""
+        return self
+
+    def joined(self, parts: Tensor) -> Tensor:
+        """(N,) the score of its parts (P, N)."""
+        return parts[0]
 
 
 class Confidence(Detector):
@@ -69,6 +87,10 @@ class OfFeatures(Detector):
     most `images` training images per label, picked at random."""
 
     images: Annotated[int, Field(ge=1)]
+
+    @property
+    def features(self) -> bool:
+        return True
 
     def fit(self, references: Sequence[Tensor]) -> OfFeatures:
         """The detector that knows these references, (M, R, D) for each label."""
@@ -155,7 +177,54 @@ class LID(OfFeatures):
         return torch.cat(own).mean(dim=0)
 
 
-DETECTORS: dict[str, type[Detector]] = {cls.name: cls for cls in (Confidence, NonME, KDensity, LID)}
+Single = Literal["confidence", "non-me", "k-density", "lid"]
+SINGLE: dict[str, type[Detector]] = {cls.name: cls for cls in (Confidence, NonME, KDensity, LID)}
+
+
+class Union(OfFeatures):
+    """Several detectors at once: the image is refused where any of them alarms.
+
+    of: which ones, all four by default, each with its own defaults. The score is the smallest of
+    theirs, each on the scale on which clean validation images have the median 0 and the 5 %
+    quantile -1, so that alarms of all are about equally rare; one threshold on it makes fpr the
+    rate of the union.
+    """
+
+    name: ClassVar[str] = "union"
+    of: Annotated[tuple[Single, ...], Field(min_length=1)] = get_args(Single)
+    images: Annotated[int, Field(ge=2)] = 1000
+    _parts: Sequence[Detector] = PrivateAttr(())
+    _medians: Tensor = PrivateAttr(torch.zeros(1, 1))  # (P, 1)
+    _spreads: Tensor = PrivateAttr(torch.ones(1, 1))
+
+    @property
+    def features(self) -> bool:
+        return any(issubclass(SINGLE[name], OfFeatures) for name in self.of)
+
+    def fit(self, references: Sequence[Tensor]) -> Union:
+        fitted, parts = self.model_copy(), [SINGLE[name]() for name in self.of]
+        fitted._parts = [
+            part.fit([own[:, : part.images] for own in references])
+            if isinstance(part, OfFeatures)
+            else part
+            for part in parts
+        ]
+        return fitted
+
+    def parts(self, draw: Draw, scores: Tensor) -> Tensor:
+        return torch.stack([part.score(draw, scores) for part in self._parts])
+
+    def standardised(self, parts: Tensor) -> Union:
+        scaled, middle = self.model_copy(), parts.quantile(0.5, dim=1, keepdim=True)
+        spread = middle - parts.quantile(TAIL, dim=1, keepdim=True)
+        scaled._medians, scaled._spreads = middle, spread.where(spread > 0, 1)
+        return scaled
+
+    def joined(self, parts: Tensor) -> Tensor:
+        return ((parts - self._medians.to(parts)) / self._spreads.to(parts)).amin(dim=0)
+
+
+DETECTORS: dict[str, type[Detector]] = {**SINGLE, Union.name: Union}
 
 
 def configure(text: str) -> Detector:
@@ -207,7 +276,7 @@ class Detected:
     @property
     def features(self) -> bool:
         """Whether draws need the last hidden activations."""
-        return isinstance(self.detector, OfFeatures)
+        return self.detector.features
 
     def scores(self, draw: Draw) -> Tensor:
         return self.rule.scores(draw)
@@ -233,18 +302,23 @@ def calibrate(deployed: Deployed, text: str, fpr: float, dataset: Dataset, seed:
         raise InputError(f"detector = {text} needs validation images; {dataset.name} has none")
     with preserved_random_state():
         if isinstance(detector, OfFeatures):
-            _check_activations(deployed, text)
-            seed_everything(seed)
-            detector = detector.fit(_references(deployed, text, dataset, detector.images))
+            references = []
+            if detector.features:
+                _check_activations(deployed, text)
+                seed_everything(seed)
+                references = _references(deployed, text, dataset, detector.images)
+            detector = detector.fit(references)
         seed_everything(seed)
         found, predicted = [], []
         for ids in torch.arange(len(clean.y)).split(deployed.chunk):
             x = take(clean, ids.tolist()).x.to(deployed.device)
-            draw = deployed.draw(x, deployed.draws, isinstance(detector, OfFeatures))
+            draw = deployed.draw(x, deployed.draws, detector.features)
             scores = rule.scores(draw)
-            found.append(detector.score(draw, scores))
+            found.append(detector.parts(draw, scores))
             predicted.append(scores.argmax(dim=-1))
-    normal, labels = torch.cat(found).cpu().numpy(), torch.cat(predicted).cpu().numpy()
+    parts = torch.cat(found, dim=1)
+    detector = detector.standardised(parts)
+    normal, labels = detector.joined(parts).cpu().numpy(), torch.cat(predicted).cpu().numpy()
     thresholds = torch.full((deployed.labels,), threshold(normal, fpr))
     if detector.per == "label":
         for label in set(labels.tolist()):
@@ -318,3 +392,20 @@ class Evasion:
         wrong = margin(self.detected.scores(draw), y, target) > 0
         lacking = (-self.detected.excess(draw)).clamp_min(0)
         return self.base(draw, y, target) - self.weight * lacking.where(wrong, 0)
+
+
+@dataclass(frozen=True)
+class Denial:
+    """What the attacker maximises who wants any answer but the label: the larger of `base`, the
+    loss against the defense without it, and of what the detector's score is below its threshold;
+    with the margin as its base positive once one of the two is reached.
+
+    With a target there is nothing to gain by an alarm, and it is the base alone.
+    """
+
+    detected: Detected
+    base: Loss
+
+    def __call__(self, draw: Draw, y: Tensor, target: Tensor | None) -> Tensor:
+        value = self.base(draw, y, target)
+        return value if target is not None else torch.maximum(value, -self.detected.excess(draw))
