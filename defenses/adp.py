@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robbench.attacks.losses import Scored, Votes
+from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, defense, summed_cross_entropy
 from robbench.metrics.diversity import log_diversity
 from robbench.rules import Draw, Loss, MeanProbabilities
@@ -56,6 +57,16 @@ class AdaptiveDiversityPromoting(Defense):
     epochs: Annotated[int, Field(ge=0)] = 20
     alpha: Annotated[float, Field(ge=0)] = 2.0
     beta: Annotated[float, Field(ge=0)] = 0.5
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """The margin of every member alone, and twice the steps, which Tramer et al. 2020,
+        arXiv:2002.08347, needed; then, as theirs, the attack of Brendel & Bethge."""
+        steps = MEANS[budget].steps
+        stages = [
+            Stage(f"mim(loss=margin, steps={steps})", "members"),
+            Stage(f"apgd(loss=margin, steps={2 * steps}, start=warm)"),
+        ]
+        return [*stages, Stage("brendel-bethge")] if budget == "thorough" else stages
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
         logits = draw.logits[0]  # (K, N, L)

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Scored, log_odds
+from robbench.attacks.suite import Budget, Stage
 from robbench.defense import Defense, defense
 from robbench.rules import Draw, Loss, MeanProbabilities
 from robbench.training import CENTRES_RECIPE
@@ -70,6 +71,10 @@ class CenterLoss(Defense):
 
     lam: Annotated[float, Field(ge=0)] = 0.003
     rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Into the features of another label, whose centre is near them."""
+        return [Stage("feature-matching")]
 
     def prepare(self, network: nn.Module) -> nn.Module:
         readout = network.readout
@@ -143,6 +148,10 @@ class LargeMarginGaussianMixture(Defense):
     alpha: Annotated[float, Field(ge=0)] = 0.1
     lam: Annotated[float, Field(ge=0)] = 0.01
     variance: Literal["diagonal", "unit"] = "diagonal"
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Into the features of another label, whose centre is near them."""
+        return [Stage("feature-matching")]
 
     def prepare(self, network: nn.Module) -> nn.Module:
         readout = network.readout

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from robbench.attacks.suite import Budget, Stage, frozen
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
 from robbench.networks.sampled import KINDS, Law, Masked, randomise
@@ -49,6 +50,10 @@ class Dropping(Defense):
             raise ValueError("test = vote asks several draws; write draws=50, or test=sample")
         return self
 
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Fixed masks; that of the mean weights is tried in every suite."""
+        return [frozen(budget)] if self.stochastic else []
+
     @property
     def stochastic(self) -> bool:
         return self.test != "mean" and self.p > 0
@@ -71,6 +76,7 @@ class DropConnect(Dropping):
     p=0 is the plain network.
     """
 
+    quiet: ClassVar[Mapping[str, object]] = {"test": "mean"}
     source: ClassVar[str] = "paper 002, section 4; Wan et al. 2013, DropConnect"
 
     readout: bool = True
@@ -106,6 +112,7 @@ class Dropout(Dropping):
     abstain. p=0 is the plain network.
     """
 
+    quiet: ClassVar[Mapping[str, object]] = {"test": "mean"}
     source: ClassVar[str] = "paper 002, section 4; Srivastava et al. 2014, Dropout"
 
     def prepare(self, network: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from robbench.attacks.suite import Budget, Stage, frozen
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
 from robbench.rules import MeanLogits, MeanProbabilities, Rule
@@ -55,6 +56,7 @@ class EnResNet(Defense):
     """
 
     source: ClassVar[str] = "paper 000: Wang et al. 2019, arXiv:1811.10745"
+    quiet: ClassVar[Mapping[str, object]] = {"noise": False}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},
@@ -78,6 +80,10 @@ class EnResNet(Defense):
         for block in blocks:
             block.sum = VarianceNoise(self.a if self.noise else 0.0, self.variance)
         return network
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """A sample of draws, attacked as if it were the network: the noise hides nothing then."""
+        return [frozen(budget)] if self.stochastic else []
 
     @property
     def stochastic(self) -> bool:

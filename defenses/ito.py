@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Votes
+from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
 from robbench.rules import Loss, Rule, Vote
@@ -63,6 +64,7 @@ class ItoEnsemble(Defense):
 
     source: ClassVar[str] = "paper 001: anonymous, Robust Ensembles using Itô Processes"
     losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # towards an error
+    quiet: ClassVar[Mapping[str, object]] = {"noise": False}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 1, "base": "standard(epochs=3)"},
@@ -129,6 +131,10 @@ class ItoEnsemble(Defense):
                 noise = getattr(block, self.where)
                 if isinstance(noise, Diffusion):
                     noise.sigma = self.sigma(index, len(member.blocks), epoch)  # type: ignore[arg-type]
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Votes for one label: an error must have the majority of them."""
+        return [Stage(f"apgd(loss=vote, targets=9, steps={MEANS[budget].steps})")]
 
     @property
     def stochastic(self) -> bool:

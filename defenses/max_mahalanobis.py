@@ -28,6 +28,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Scored, log_odds
+from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, defense
 from robbench.rules import Draw, Loss, MeanLogits, Rule
 from robbench.training import CENTRES_RECIPE
@@ -175,6 +176,15 @@ class MaxMahalanobis(Defense):
         centres = self.centre_norm * units
         network.readout = self.readout(readout.in_features, centres, self.factor)
         return network
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Every wrong centre in turn, by the margin, which is linear in the features; and small
+        steps, which the authors' 10 of ε / 4 are not."""
+        steps = MEANS[budget].steps
+        return [
+            Stage(f"apgd(loss=margin, targets=9, steps={steps})"),
+            Stage(f"pgd(loss=margin, steps={2 * steps})"),
+        ]
 
     def rule(self) -> Rule:
         return MeanLogits()

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Scored, Votes
+from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.datasets.dataset import take
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
@@ -168,6 +169,11 @@ class MixupInferenceDefense(Defense):
             images = take(dataset.train, found[torch.arange(self.pool) % len(found)].tolist()).x
             for member in members:
                 member.pool[label] = images  # type: ignore[operator]
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Towards one label: the partners of the predicted label are then on the attacker's
+        side."""
+        return [Stage(f"apgd(loss=vote, targets=9, steps={MEANS[budget].steps})")]
 
     @property
     def stochastic(self) -> bool:

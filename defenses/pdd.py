@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Votes
+from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, defense, summed_cross_entropy
 from robbench.metrics.diversity import gradient_cosines
 from robbench.rules import Draw, Loss
@@ -68,6 +69,11 @@ class SimultaneousTraining(Defense):
 
     members: Annotated[int, Field(ge=1)] = 3
     epochs: Annotated[int, Field(ge=0)] = 20
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Every member alone: where gradients of members cancel in their sum, each of them is as
+        easy as ever."""
+        return [Stage(f"mim(loss=margin, steps={MEANS[budget].steps})", "members")]
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
         return summed_cross_entropy(draw, y)

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from robbench.attacks.suite import Budget, Stage
 from robbench.defense import Defense, defense
 from robbench.training import CIFAR_RECIPE, Adversarial, AdversarialSpec
 
@@ -32,3 +33,7 @@ class PGDAdversarialTraining(Defense):
 
     epochs: Annotated[int, Field(ge=1)] = 20
     adversarial: AdversarialSpec = Adversarial(eps=Fraction(1, 5), steps=5)
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """AutoAttack, the measure of what is adversarially trained."""
+        return [] if budget == "smoke" else [Stage("autoattack")]

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Votes
+from robbench.attacks.suite import Budget, Stage, frozen
 from robbench.defense import Defense, defense
 from robbench.errors import InputError
 from robbench.randomness import preserved_random_state
@@ -119,6 +120,10 @@ class RandomResizePadding(Defense):
 
     def prepare(self, network: nn.Module) -> nn.Module:
         return RandomResizePad(network, self.scale)
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Fixed sizes and places, whose mean every attack can climb."""
+        return [frozen(budget)] if self.stochastic else []
 
     @property
     def stochastic(self) -> bool:

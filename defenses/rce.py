@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robbench.attacks.losses import Votes
+from robbench.attacks.suite import Budget, Stage
 from robbench.defense import Defense, defense
 from robbench.rules import Draw, Loss
 
@@ -77,6 +78,10 @@ class ReverseCrossEntropy(Defense):
             "weight_decay": 2e-4,
         },
     }
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Into the features of another label: what its detectors look at follows the label."""
+        return [Stage("feature-matching")]
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
         return reverse_cross_entropy(-draw.logits, y).sum(dim=(0, 1))

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robbench.attacks.losses import Votes
+from robbench.attacks.suite import Budget, Stage, frozen
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.deployed import Deployed
 from robbench.errors import InputError
@@ -80,6 +81,7 @@ class Smoothing(Defense):
 
     source: ClassVar[str] = "Cohen et al. 2019, arXiv:1902.02918"
     losses: ClassVar[Mapping[str, Loss]] = {"vote": Votes()}  # of a vote
+    quiet: ClassVar[Mapping[str, object]] = {"noise": False}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quick": {},
         "quick:mnist": {"epochs": 3},
@@ -124,6 +126,10 @@ class Smoothing(Defense):
     @property
     def size(self) -> int:
         return sum(base.size for base in self.bases()) or self.members
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Votes for one label under fixed noise."""
+        return [frozen(budget)] if self.stochastic else []
 
     @property
     def stochastic(self) -> bool:

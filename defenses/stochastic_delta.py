@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from robbench.attacks.suite import Budget, Stage, frozen
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.networks.sampled import Law, Masked, laws, randomise
 from robbench.rules import MeanLogits, Rule, Vote
@@ -80,6 +81,7 @@ class Learnable(Law):
 class StochasticDelta(Defense):
     """What both rules share: where weights are random, and what is asked at test."""
 
+    quiet: ClassVar[Mapping[str, object]] = {"test": "mean"}
     source: ClassVar[str] = "paper 002: Liu & Sha, Randomized Models against Adversarial Attacks"
 
     biases: bool = True
@@ -117,6 +119,10 @@ class StochasticDelta(Defense):
         for index, member in enumerate(members):
             spreads = {k: v for k, v in member.state_dict().items() if ".laws." in k}
             member.load_state_dict({**spreads, **sources[index % len(sources)].state_dict()})
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """Fixed samples of the weights; that of the mean weights is tried in every suite."""
+        return [frozen(budget)] if self.stochastic else []
 
     @property
     def stochastic(self) -> bool:

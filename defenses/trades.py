@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from robbench.attacks.suite import Budget, Stage
 from robbench.defense import Defense, defense
 from robbench.training import CIFAR_RECIPE, Adversarial, AdversarialSpec
 
@@ -44,3 +45,7 @@ class Trades(Defense):
 
     epochs: Annotated[int, Field(ge=1)] = 30
     adversarial: AdversarialSpec = Adversarial(kind="trades", eps=Fraction(1, 5), steps=5)
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """AutoAttack, the measure of what is adversarially trained."""
+        return [] if budget == "smoke" else [Stage("autoattack")]

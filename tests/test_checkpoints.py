@@ -16,7 +16,7 @@ from torch import nn
 
 from robbench import checkpoints, datasets, registry
 from robbench.attacks.losses import Scored, Votes
-from robbench.checkpoints import Shelf, attacker_loss, cache_folder, key_of
+from robbench.checkpoints import Shelf, attacker_losses, cache_folder, key_of
 from robbench.datasets import Split
 from robbench.defense import resolve, shown, with_preset
 from robbench.errors import InputError
@@ -226,20 +226,20 @@ def test_the_base_is_trained_by_the_preset_of_the_dataset():
 
 
 @pytest.mark.parametrize(
-    ("spec", "loss"),
+    ("spec", "losses"),
     [
-        ("standard & pgd-at", None),
-        ("mmc & mmc(dimension=64)", resolve("mmc")[0].losses["log-odds"]),
-        ("ito & ito(omega=0.3)", Votes()),
+        ("standard & pgd-at", {}),
+        ("mmc & mmc(dimension=64)", resolve("mmc")[0].losses),
+        ("ito & ito(omega=0.3)", {"vote": Votes()}),
     ],
 )
-def test_joined_defenses_are_attacked_by_what_fits_them(spec, loss):
-    assert attacker_loss(resolve(spec)) == loss
+def test_joined_defenses_are_attacked_by_what_fits_them(spec, losses):
+    assert attacker_losses(resolve(spec)) == losses
 
 
 @pytest.mark.parametrize("spec", ["mmc & standard", "smoothing & standard"])
 def test_defenses_with_losses_of_their_own_are_attacked_by_the_margin_of_both(spec):
-    loss = attacker_loss(resolve(spec))
+    (loss,) = attacker_losses(resolve(spec)).values()
     assert isinstance(loss, Scored)
     assert isinstance(loss.rule, MeanProbabilities)
 

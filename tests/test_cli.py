@@ -95,7 +95,7 @@ MISTAKES = {
     "an option without a value": (["run", "--defense"], "--defense", "argument"),
     "an argument too many": ([*RUN, "more"], "unexpected extra argument", "more"),
     "no number where one is due": ([*RUN, "-n", "many"], "'-n'", "many"),
-    "no draws behind a gradient": ([*RUN, "--eot", "0"], "'--eot'", "0"),
+    "no draws behind a gradient": ([*RUN, "--eot", "0"], "eot: 0 is no number of draws", "or auto"),
     "no time at all": ([*RUN, "--timeout", "0"], "timeout = 0.0", "a positive number of seconds"),
     "a time that is none": ([*RUN, "--timeout", "nan"], "timeout = nan"),
     "nothing to attack": (["run", "--attack", "pgd"], "--defense ito", "list defenses"),
@@ -675,7 +675,7 @@ def test_completion_is_a_script_for_the_shell(shell, robbench):
     [
         ("robbench ver", {"verify"}),
         ("robbench run --defense st", {"standard"}),
-        ("robbench run --attack fg", {"fgsm"}),
+        ("robbench run --attack translat", {"translation"}),
         ("robbench list net", {"networks"}),
     ],
 )
@@ -742,9 +742,24 @@ def test_list_of_one_defense_shows_the_settings_that_a_spec_takes(robbench):
     assert "schedule" in words.partition("Settings of every defense: ")[2]
 
 
-def test_only_defenses_are_listed_one_by_one(robbench):
-    code, _, err = robbench("list", "attacks", "pgd")
-    assert code == 2 and "robbench list attacks" in err
+def test_list_of_one_attack_shows_what_it_does_and_its_settings(robbench):
+    _, out, _ = robbench("list", "attacks", "apgd")
+    words = " ".join(out.split())
+    assert "norms linf l2 l1" in words and "steps=100" in words
+    code, _, err = robbench("list", "attacks", "apgdd")
+    assert code == 2 and "did you mean 'apgd'" in err
+    code, _, err = robbench("list", "attacks", "art:DPatch")
+    assert code == 2 and "needs an object detector" in err
+
+
+def test_networks_are_listed_all_at_once(robbench):
+    code, _, err = robbench("list", "networks", "mlp")
+    assert code == 2 and "robbench list networks" in err
+
+
+def test_the_variants_of_the_papers_are_listed_with_the_papers(robbench):
+    _, out, _ = robbench("list", "attacks")
+    assert "pgd:as-published adp, mmc, mixup-inference, pdd" in " ".join(out.split())
 
 
 def test_data_says_where_a_dataset_is(robbench):

@@ -350,8 +350,7 @@ def test_at_least_half_answers_where_more_than_half_abstains():
 
 def test_joined_defenses_vote_where_all_of_them_vote():
     for text, kind in (("ito & ito(omega=0.2)", Vote), ("ito & standard", MeanProbabilities)):
-        rules = [part.rule() for part in resolve(text)]
-        assert type(common_rule(rules)) is kind
+        assert type(common_rule(resolve(text))) is kind
 
 
 def test_ito_noise_is_independent_between_pixels_images_and_passes():

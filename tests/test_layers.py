@@ -17,8 +17,8 @@ STEPS = [  # each may import its own step and what stands above it
     {"datasets", "networks"},
     {"registry"},
     {"estimator", "deployed", "access", "rules", "randomness"},
-    {"attacks"},
-    {"defense", "training", "checkpoints", "detectors"},
+    {"attacks", "metered"},
+    {"defense", "training", "checkpoints", "detectors", "siblings"},
     {"defenses"},  # the registry imports them by name: nothing above may
     {"grid"},
     {"records"},

@@ -340,5 +340,5 @@ def broken_forward(access, x):
 def test_a_class_without_its_library_is_named_with_it():
     with pytest.raises(InputError, match="did you mean torchattacks:APGD?"):
         find("APGD")
-    with pytest.raises(InputError, match="did you mean torchattacks:AutoAttack or art:AutoAttack?"):
-        find("autoattack")
+    with pytest.raises(InputError, match="did you mean art:ElasticNet?"):
+        find("elasticnet")

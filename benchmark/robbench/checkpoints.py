@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors
@@ -19,27 +20,37 @@ import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
-from robbench.attacks.losses import Scored, Votes
+from robbench.attacks.losses import Scored, Spread, Votes
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
-from robbench.detectors import Evasion, calibrate
+from robbench.detectors import Denial, Detected, Evasion, calibrate
 from robbench.errors import InputError
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.randomness import preserved_random_state
 from robbench.registry import Spec
 from robbench.rules import Loss, MeanProbabilities, Rule, Vote
+from robbench.threat import Goal
 from robbench.training import Curve, Progress, derive, train
 
 
 class Trained(NamedTuple):
-    """A deployed defense, the keys of the checkpoints it is made of, the loss of the attacker who
-    knows it (None: cross-entropy), and the SHA-256 of each checkpoint's weights."""
+    """A deployed defense, the keys of the checkpoints it is made of, the losses of the attacker who
+    knows it, strongest first (none: cross-entropy), and the SHA-256 of the weights of each."""
 
     deployed: Deployed
     keys: tuple[str, ...]
-    loss: Loss | None = None
+    losses: Mapping[str, Loss] = MappingProxyType({})
     weights: tuple[str, ...] = ()
+
+    def losses_for(self, goal: Goal) -> Mapping[str, Loss]:
+        """Of the attacker with this goal, strongest first."""
+        rule = self.deployed.rule
+        if goal == "error" or not rule.abstains:
+            return self.losses
+        if isinstance(rule, Detected):
+            return {"denial": Denial(rule, Scored(rule.rule)), **self.losses}
+        return {**self.losses, "denial": Spread()}
 
 
 def cache_folder() -> Path:
@@ -61,21 +72,22 @@ def key_of(defense: Defense, dataset: Dataset, train_seed: int) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def common_rule(rules: Sequence[Rule]) -> Rule:
+def common_rule(parts: Sequence[Defense]) -> Rule:
     """The rule of joined defenses: the one they share, else the mean softmax."""
+    rules = [part.rule() for part in parts]
     first = rules[0]
     alike = all((type(rule), vars(rule)) == (type(first), vars(first)) for rule in rules)
     return first if alike else MeanProbabilities()
 
 
-def attacker_loss(parts: Sequence[Defense]) -> Loss | None:
-    """What the attacker who knows joined defenses maximises: the loss that they share, else what
-    fits the rule by which they decide together. None: cross-entropy, for parts without a loss."""
-    known = [next(iter(part.losses.values()), None) for part in parts]
-    if all(loss == known[0] for loss in known):
+def attacker_losses(parts: Sequence[Defense]) -> Mapping[str, Loss]:
+    """What the attacker who knows joined defenses maximises: the losses that they share, else what
+    fits the rule by which they decide together. Empty: cross-entropy, for parts without a loss."""
+    known = [dict(part.losses) for part in parts]
+    if all(losses == known[0] for losses in known):
         return known[0]
-    rule = common_rule([part.rule() for part in parts])
-    return Votes() if isinstance(rule, Vote) else Scored(rule)
+    rule = common_rule(parts)
+    return {"vote": Votes()} if isinstance(rule, Vote) else {"margin": Scored(rule)}
 
 
 class Shelf:
@@ -108,17 +120,19 @@ class Shelf:
             members.extend(own)
             keys.append(key)
             weights.append(sha256)
-        rule = common_rule([part.rule() for part in parts])
+        rule = common_rule(parts)
         draws = max(defense.draws for defense in parts)
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
         if deployed.stochastic and not any(defense.stochastic for defense in parts):
             raise InputError(f"{text} is said to be deterministic, but its answers differ")
-        loss = attacker_loss(parts)
+        losses = attacker_losses(parts)
         if detector := parts[0].detector:  # that of all parts
             seed = derive("detector", train_seed, *keys)
             detected = calibrate(deployed, detector, parts[0].fpr, dataset, seed)
-            deployed.rule, loss = detected, Evasion(detected, loss or Votes())
-        return Trained(deployed, tuple(keys), loss, tuple(weights))
+            deployed.rule = detected
+            base = next(iter(losses.values()), Votes())
+            losses = {"evasion": Evasion(detected, base), **losses}
+        return Trained(deployed, tuple(keys), losses, tuple(weights))
 
     def members(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -177,7 +178,8 @@ def _whole(record: Record) -> bool:
 def _rank(record: Record) -> tuple[object, ...]:
     """The lowest outcome first, of equal ones that of the attacker who had more."""
     setting = record.cell.setting
-    return outcomes(record).mean(), setting.kind != "adaptive", -setting.eot, record.id
+    draws = math.inf if setting.eot == "auto" else setting.eot
+    return outcomes(record).mean(), setting.kind != "adaptive", -draws, record.id
 
 
 def _order(pair: Pair) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from robbench import networks, registry
 from robbench.attacks import check_settings
 from robbench.attacks.losses import Votes
+from robbench.attacks.suite import Budget, Stage, compose
 from robbench.detectors import DetectorSpec, Rate
 from robbench.errors import InputError, unknown
 from robbench.registry import Spec
@@ -34,6 +35,8 @@ ALIKE: Mapping[str, tuple[str, ...]] = {
     "tiny-imagenet": ("cifar10", "mnist"),
     "imagenet": ("cifar10", "mnist"),
 }
+# relations to a defense whose adversarial examples its suite tries first (robbench.siblings)
+SIBLINGS = ("noise-off", "undetected", "base", "member", "adversarial", "twin")
 INFERENCE = "inference"  # marks a field that changes the decision, never the trained weights
 
 
@@ -44,7 +47,7 @@ class Defense(Optimisation):
     annotated with INFERENCE are no part of a checkpoint's key. `features`: criterion is given the
     last hidden activations too. `wraps`: members are those of the base, each inside the module
     (with an attribute `network`) that prepare puts around it; nothing is trained unless
-    epochs > 0.
+    epochs > 0. `quiet`: the fields, all of inference, that switch its randomness off.
 
     detector: what refuses to answer, a spec of robbench.detectors such as k-density; fpr: the
     share of clean images in [0, 1) that it may refuse, as 0.05 or 5%.
@@ -56,6 +59,7 @@ class Defense(Optimisation):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quick": {}}
     features: ClassVar[bool] = False
     wraps: ClassVar[bool] = False
+    quiet: ClassVar[Mapping[str, object]] = {}
 
     network: str = "quick"
     members: Annotated[int, Field(ge=1)] = 1
@@ -191,6 +195,22 @@ class Defense(Optimisation):
         none but cross-entropy. Subclasses may have a class variable of this name."""
         return {"vote": Votes()} if isinstance(self.rule(), Vote) else {}
 
+    def suite(self, budget: Budget) -> list[Stage]:
+        """The attacks of which `strongest` takes the worst point per image."""
+        return compose(
+            list(self.losses),
+            budget,
+            members=self.size,
+            stochastic=self.stochastic,
+            detector=self.detector is not None,
+            oracles=SIBLINGS,
+            own=self.own_attacks(budget),
+        )
+
+    def own_attacks(self, budget: Budget) -> list[Stage]:
+        """What the attacker who knows this defense adds to the suite that suits any."""
+        return []
+
     @property
     def stochastic(self) -> bool:
         """Whether two answers to the same image may differ: such a defense is attacked by EOT."""
@@ -250,6 +270,23 @@ class Defense(Optimisation):
 def known_attack(parts: Sequence[Defense]) -> bool:
     """Whether the attacker who knows these joined defenses has a loss of his own against them."""
     return any(part.losses or part.detector for part in parts)
+
+
+def suite_of(text: str | Spec, budget: Budget) -> list[Stage]:
+    """The suite against a defense: of joined ones, the stages of all parts."""
+    parts = resolve(text)
+    if len(parts) == 1:
+        return parts[0].suite(budget)
+    shared = len({tuple(part.losses) for part in parts}) == 1
+    return compose(
+        list(parts[0].losses) if shared else [],
+        budget,
+        members=len(parts),
+        stochastic=any(part.stochastic for part in parts),
+        detector=parts[0].detector is not None,
+        oracles=SIBLINGS,
+        own=[stage for part in parts for stage in part.own_attacks(budget)],
+    )
 
 
 def summed_cross_entropy(draw: Draw, y: Tensor) -> Tensor:

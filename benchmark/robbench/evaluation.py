@@ -56,15 +56,16 @@ def deploy(
     *,
     rule: Rule | None = None,
     draws: int = 1,
-    loss: Loss | None = None,
+    loss: Loss | Mapping[str, Loss] | None = None,
     device: str = "auto",
 ) -> Trained:
     """A caller's model, (N, C, H, W) images in [0, 1] -> (N, L) logits, as a frozen copy.
 
     Several models are members of one ensemble; rule says how draws and members become a decision
     (default: mean softmax), draws how many passes one decision takes, loss what the attacker who
-    knows the defense maximises. InputError for a model that cannot be attacked as it is: in
-    training mode, with probabilities for logits, or with fewer outputs than there are labels.
+    knows the defense maximises, or several by their names, strongest first. InputError for a model
+    that cannot be attacked as it is: in training mode, with probabilities for logits, or with
+    fewer outputs than there are labels.
     """
     data = _dataset(dataset, None)
     models = [model] if isinstance(model, nn.Module) else model
@@ -81,7 +82,9 @@ def deploy(
     frozen = copy.deepcopy(nn.ModuleList(models)).to(choose_device(device))
     labels = max(_labels(member, data) for member in frozen)
     return Trained(
-        Deployed(frozen, rule or MeanProbabilities(), data.shape, labels, draws), (), loss
+        Deployed(frozen, rule or MeanProbabilities(), data.shape, labels, draws),
+        (),
+        {"own": loss} if callable(loss) else loss or {},
     )
 
 
@@ -121,8 +124,10 @@ def evaluate(
     norm: str | Sequence[str] | None = None,
     eps: str | float | Sequence[str | float] | None = None,
     setting: str | Sequence[str] | None = None,
-    oracle: Item | None = None,
-    eot: int = 20,
+    oracle: Item | Sequence[Item] | None = None,
+    eot: int | str | None = None,
+    goal: str | Sequence[str] = "error",
+    max_queries: int | None = None,
     target: str | int = "none",
     n: int | None = None,
     seed: int = 0,
@@ -139,7 +144,9 @@ def evaluate(
     defense: specs, own models (see `deploy`), a list of both, or own models by the names that
     tables show, {"mine": model}. dataset: a name, `folder:PATH`,
     a Dataset, or tensors (x, y) with x (N, C, H, W) in [0, 1]. eps in units of [0, 1], as '8/255'
-    or 0.1. n: how many test images (default 500, or all). out: a folder to keep records in and to
+    or 0.1. oracle: what transfer attacks are made on: specs, own models, or words such as "twin"
+    for what they are to the target. eot: a number or "auto". goal: "error" or "denial". n: how
+    many test images (default 500, or all). out: a folder to keep records in and to
     read finished ones from; by default nothing is written. workers: processes, for specs only.
     timeout: seconds, for each training and each shard of images (none by default); own models are
     stopped when they come back to Python, specs run in processes that are ended.
@@ -161,6 +168,12 @@ def evaluate(
         wanted = [(defense, None)]
     else:
         wanted = [(item, None) for item in defense]
+    if oracle is None:
+        oracles: list[Item] = []
+    elif isinstance(oracle, (str, nn.Module, Trained)):
+        oracles = [oracle]
+    else:
+        oracles = list(oracle)
     fields: Mapping[str, object] = {
         "dataset": data.name,
         "n": n,
@@ -169,8 +182,10 @@ def evaluate(
         "norm": norm,
         "eps": eps,
         "setting": setting,
-        "oracle": [] if oracle is None else [_name(oracle, data, models, device)],
+        "oracle": [_name(item, data, models, device) for item in oracles],
         "eot": eot,
+        "goal": goal,
+        "max_queries": max_queries,
         "target": str(target),
         "seed": seed,
         "train_seed": train_seed,
@@ -225,13 +240,13 @@ def _name(
     else:
         trained = deploy(item, data, device=device)
     members = trained.deployed.members
-    rule, loss = trained.deployed.rule, trained.loss
+    rule, losses = trained.deployed.rule, trained.losses
     modes = [module.training for module in members.modules()]
     parts = (
         _called(rule),
         vars(rule),
         trained.deployed.draws,
-        loss and (_called(loss), _state(loss)),
+        [(name, _called(loss), _state(loss)) for name, loss in losses.items()],
         members,
         modes,
         [(_called(module), _state(module)) for module in members.modules()],

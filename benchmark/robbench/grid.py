@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -26,34 +27,42 @@ from pydantic import (
 
 from robbench import defense as defenses
 from robbench.attacks import Attack, Configured
-from robbench.checkpoints import Trained
+from robbench.attacks.suite import MEANS, Stage, compose
+from robbench.checkpoints import Trained, common_rule
 from robbench.datasets import Dataset
 from robbench.errors import InputError, unknown
 from robbench.registry import split_list
-from robbench.threat import Eps, Norm, Threat, check_budget, parse_norm
+from robbench.siblings import RELATIONS, members_of, siblings
+from robbench.threat import GOALS, Eps, Goal, Norm, Threat, check_budget, parse_norm
 
 Kind = Literal["whitebox", "adaptive", "transfer", "blackbox"]
 KINDS: tuple[Kind, ...] = ("whitebox", "adaptive", "transfer", "blackbox")
 EOT = 20
+Draws = int | Literal["auto"]
 NOTHING = (
     "nothing to run: a deterministic defense without a loss of its own has no adaptive cell (it"
-    " equals whitebox), and an oracle is not transferred to itself"
+    " equals whitebox), an oracle is not transferred to itself, not every defense has siblings of"
+    " every kind, and only one that may give no answer can be denied"
 )
 MODEL = "model:"  # begins the name of a model of the caller, which no registry knows
 
 
 class Setting(BaseModel):
-    """What the attacker has; eot counts the draws behind each gradient."""
+    """What the attacker has; eot counts the draws behind each gradient (auto: chosen by evidence),
+    queries limits those of each image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Kind
     oracle: str | None = None
     oracle_version: str = "1"
-    eot: int = 1
+    eot: Draws = 1
+    queries: int | None = None
 
     def __str__(self) -> str:
         oracle = f" from {self.oracle}" if self.oracle else ""
-        return f"{self.kind}{oracle}" + (f" EOT {self.eot}" if self.eot > 1 else "")
+        draws = f" EOT {self.eot}" if self.eot != 1 else ""
+        limit = f" {self.queries} queries" if self.queries else ""
+        return f"{self.kind}{oracle}{draws}{limit}"
 
 
 class Cell(BaseModel):
@@ -84,6 +93,30 @@ class Cell(BaseModel):
     def source(self) -> str:
         """The defense that the attack works on: the oracle's, or the target itself."""
         return self.setting.oracle or self.defense
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Of the suite that the attack runs; those on an oracle name its spec."""
+        attack = Configured.of(self.attack)
+        if not attack.entry.suite:
+            return []
+        budget: Any = attack.settings["budget"]
+        if self.defense.startswith(MODEL):
+            return compose((), budget)
+        found = []
+        for stage in defenses.suite_of(self.defense, budget):
+            related = [stage.oracle]
+            if stage.oracle in RELATIONS:
+                related = list(siblings(self.defense, self.dataset, stage.oracle))
+            found += [replace(stage, oracle=oracle) for oracle in related]
+        if self.threat.goal == "denial":
+            found.insert(0, Stage(f"apgd(loss=denial, steps={MEANS[budget].steps})"))
+        return list(dict.fromkeys(found))
+
+    @property
+    def sources(self) -> list[str]:
+        """All defenses that the attack works on."""
+        return list(dict.fromkeys([self.source, *filter(None, (s.oracle for s in self.stages))]))
 
     def attack_key(self) -> str:
         """Cells with the same key share x': a minimum-norm attack at every ε, a transfer attack
@@ -122,9 +155,13 @@ def _by_norm(value: object) -> object:
 
 
 def _defense(text: str) -> str:
-    if not text.startswith(MODEL):
-        defenses.resolve(text)
+    for each in [] if text.startswith(MODEL) else members_of(text):
+        defenses.resolve(each)
     return text
+
+
+def _oracle(text: str) -> str:
+    return text if text in RELATIONS else _defense(text)
 
 
 def _attack(text: str) -> str:
@@ -140,6 +177,19 @@ def _setting(text: str) -> str:
     if text not in KINDS:
         raise unknown("setting", text, KINDS)
     return text
+
+
+def _draws(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and value != "auto" and not number:
+        raise InputError(f"{value} is no number of draws; write one from 1 on, or auto")
+    return value
+
+
+def _goal(value: object) -> object:
+    if value not in GOALS:
+        raise unknown("goal", str(value), GOALS)
+    return value
 
 
 def _target(value: object) -> str | int:
@@ -168,8 +218,10 @@ class Block(BaseModel):
     norm: Listed[Annotated[Norm, BeforeValidator(_norm)]] | None = None
     eps: Budgets | None = None
     setting: Listed[Annotated[Kind, BeforeValidator(_setting)]] | None = None
-    oracle: Annotated[list[DefenseText], BeforeValidator(_items)] = []
-    eot: Annotated[int, Field(ge=1)] = EOT
+    oracle: Annotated[list[Annotated[str, AfterValidator(_oracle)]], BeforeValidator(_items)] = []
+    eot: Annotated[Draws | None, BeforeValidator(_draws)] = None
+    goal: Listed[Annotated[Goal, BeforeValidator(_goal)]] = ["error"]
+    max_queries: Annotated[int, Field(ge=1)] | None = None
     target: Annotated[str | int, BeforeValidator(_target)] = "none"
     train_seed: Listed[int] = [0]
     seed: Listed[int] = [0]
@@ -186,6 +238,16 @@ class Block(BaseModel):
 
     def _problems(self, attack: Attack) -> Iterator[str]:
         queries = attack.needs != "gradients"
+        if attack.suite and (self.setting or ["adaptive"]) != ["adaptive"]:
+            yield (
+                f"setting: {attack.name} is a suite of attacks in all settings; leave the setting"
+                " out, or write adaptive"
+            )
+            return
+        if self.max_queries and not queries:
+            yield f"max_queries: {attack.name} needs gradients; it is for attacks that ask queries"
+        if self.target != "none" and "denial" in self.goal:
+            yield "goal: denial is reached by any answer but the label, so it has no target"
         for kind in self.setting or []:
             if queries and kind in ("whitebox", "adaptive"):
                 yield (
@@ -241,12 +303,21 @@ class Block(BaseModel):
     ) -> Iterator[Cell]:
         n = self.n if self.n is not None else min(500, len(dataset.test.y))
         dataset.subset(n)
-        targets = [_Target.of(text, preset, dataset.name, models) for text in self.defense]
-        oracles = [_Target.of(text, preset, dataset.name, models) for text in self.oracle]
+
+        def known(text: str) -> _Target:
+            return _Target.of(text, preset, dataset.name, models)
+
+        targets = [known(each) for text in self.defense for each in _whole(text)]
         attacks = [Configured.of(text) for text in self.attack]
         for attack, target in itertools.product(attacks, targets):
+            related = [
+                known(each)
+                for text in self.oracle
+                for each in _related(text, target.text, dataset.name)
+            ]
+            oracles = list({oracle.text: oracle for oracle in related}.values())
             for setting in self._settings(attack, target, oracles):
-                for threat in self._threats(attack, dataset):
+                for threat in self._threats(attack, dataset, target):
                     for train_seed, seed in itertools.product(self.train_seed, self.seed):
                         yield Cell(
                             dataset=dataset.name,
@@ -267,29 +338,36 @@ class Block(BaseModel):
     ) -> Iterator[Setting]:
         queries = attack.entry.needs != "gradients"
         default: list[Kind] = ["blackbox"] if queries else ["whitebox", "adaptive"]
+        draws: Any = self.eot or EOT
+        if attack.entry.suite:
+            default = ["adaptive"]
+            means = MEANS[attack.settings["budget"]]  # type: ignore[index]
+            draws = self.eot or means.eot
         for kind in self.setting or default:
             if kind == "transfer":
                 for oracle in oracles:
                     if oracle.text != target.text:
-                        eot = self.eot if oracle.stochastic else 1
+                        eot = draws if oracle.stochastic else 1
                         yield Setting(
                             kind=kind, oracle=oracle.text, oracle_version=oracle.version, eot=eot
                         )
             elif kind == "adaptive":
-                if target.adaptive:
-                    yield Setting(kind=kind, eot=self.eot if target.stochastic else 1)
+                if target.adaptive or attack.entry.suite:
+                    eot = draws if target.stochastic else 1
+                    yield Setting(kind=kind, eot=eot)
             else:
-                yield Setting(kind=kind)
+                yield Setting(kind=kind, queries=self.max_queries if kind == "blackbox" else None)
 
-    def _threats(self, attack: Configured, dataset: Dataset) -> Iterator[Threat]:
+    def _threats(self, attack: Configured, dataset: Dataset, target: _Target) -> Iterator[Threat]:
         labels = len(dataset.labels)
         if isinstance(self.target, int) and self.target >= labels:
             raise InputError(
                 f"target = {self.target}, but labels of {dataset.name} are 0 to {labels - 1}"
             )
-        for norm in self._norms(attack.entry):
+        goals = [goal for goal in self.goal if goal == "error" or target.abstains]
+        for norm, goal in itertools.product(self._norms(attack.entry), goals):
             for eps in self._eps(norm, dataset):
-                yield Threat(norm=norm, eps=eps, target=self.target)
+                yield Threat(norm=norm, eps=eps, target=self.target, goal=goal)
 
     def _eps(self, norm: Norm, dataset: Dataset) -> Sequence[Fraction | None]:
         if norm == "none":
@@ -307,13 +385,20 @@ class _Target(BaseModel):
     version: str
     stochastic: bool
     adaptive: bool
+    abstains: bool
 
     @classmethod
     def of(cls, text: str, preset: str, dataset: str, models: Mapping[str, Trained]) -> _Target:
         if text in models:
             stochastic = models[text].deployed.stochastic
-            adaptive = stochastic or models[text].loss is not None
-            return cls(text=text, version="1", stochastic=stochastic, adaptive=adaptive)
+            adaptive = stochastic or bool(models[text].losses)
+            return cls(
+                text=text,
+                version="1",
+                stochastic=stochastic,
+                adaptive=adaptive,
+                abstains=models[text].deployed.rule.abstains,
+            )
         spec = defenses.with_preset(text, preset, dataset)
         parts = defenses.resolve(spec)
         stochastic = any(part.stochastic for part in parts)
@@ -322,7 +407,19 @@ class _Target(BaseModel):
             version=defenses.version_of(spec),
             stochastic=stochastic,
             adaptive=stochastic or defenses.known_attack(parts),
+            abstains=bool(parts[0].detector) or common_rule(parts).abstains,
         )
+
+
+def _whole(text: str) -> list[str]:
+    return [text] if text.startswith(MODEL) else members_of(text)
+
+
+def _related(text: str, target: str, dataset: str) -> list[str]:
+    """The oracles that a word or a spec stands for, against one target."""
+    if text not in RELATIONS:
+        return _whole(text)
+    return [] if target.startswith(MODEL) else siblings(target, dataset, text)
 
 
 def read_blocks(path: Path) -> list[Block]:

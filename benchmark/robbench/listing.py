@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Collection
+from typing import get_args
 
 from tabulate import tabulate
 
 from robbench import datasets as data
 from robbench import networks as nets
 from robbench import registry
-from robbench.attacks import find
+from robbench.attacks import Attack, find
 from robbench.defense import Defense
+from robbench.errors import InputError
 from robbench.registry import Spec
 from robbench.threat import NORM_NAMES, format_eps
 
+PUBLISHED = ":as-published"
 WRAPPED = 60
 WIDTH = 100  # of every table, at most
 
@@ -95,32 +99,77 @@ def _indented(text: str, margin: int = 2) -> str:
     )
 
 
-def attacks() -> str:
-    """Name, norms, needs and known faults of native attacks and of every class of the libraries;
-    those that are refused, with the reason, in a table of their own."""
+def attacks(name: str | None = None) -> str:
+    """Native attacks, the papers' variants of them, and every class of the libraries, those that
+    are refused with the reason; of the one that is named, what it does and its settings."""
     from robbench.attacks import art, torchattacks
 
-    names = [*registry.attacks]
-    names += [f"torchattacks:{name}" for name in torchattacks.names()]
-    names += [f"art:{name}" for name in art.names()]
-    lines, refused = [], []
-    for name in names:
-        entry = find(name)
+    if name is not None:
+        return _attack(find(name))
+    lines, variants, others, refused = [], [], [], []
+    for key in registry.attacks:
+        entry = find(key)
+        if key.endswith(PUBLISHED):
+            papers = entry.settings.model_fields["paper"].annotation
+            variants.append([key, ", ".join(get_args(papers))])
+        else:
+            text = f"is {entry.name}" if key != entry.name else entry.faults or _summary(entry)
+            lines.append([key, *_traits(entry), text])
+    names = [f"torchattacks:{inner}" for inner in torchattacks.names()]
+    for key in [*names, *(f"art:{inner}" for inner in art.names())]:
+        entry = find(key)
         if entry.refusal:
-            refused.append([name, entry.refusal])
-            continue
-        norms = " ".join(norm for norm in NORM_NAMES if norm in entry.norms)
-        fault = f"is {entry.name}" if name != entry.name else entry.faults
-        lines.append([name, norms, entry.needs, "min" if entry.minimal else "ε", fault])
-    headers = ["attack", "norms", "needs", "size", "known faults"]
-    table = _table(lines, headers, [None, None, None, None, 32])
+            refused.append([key, entry.refusal])
+        else:
+            others.append([key, *_traits(entry), entry.faults])
+    headers = ["attack", "norms", "needs", "size"]
     legend = (
         "size: ε - stays within ε and runs for each one; min - looks for the smallest perturbation,"
-        " runs once and is read at every ε. Settings in brackets, as torchattacks:APGD(steps=100)"
-        " or art:ElasticNet(max_iter=50)."
+        " runs once and is read at every ε. Settings stand in brackets, as pgd(steps=50) or"
+        " torchattacks:APGD(steps=100); 'robbench list attacks NAME' says what they are."
     )
-    reasons = _table(refused, ["refused", "because it"], [None, 56])
-    return "\n\n".join([table, _indented(legend, 0), reasons])
+    return "\n\n".join(
+        [
+            _table(lines, [*headers, "what it does"], [None, None, None, None, 42]),
+            _indented(legend, 0),
+            _table(variants, ["as a paper ran it", "paper="], [None, 56]),
+            _table(others, [*headers, "known faults"], [None, None, None, None, 32]),
+            _table(refused, ["refused", "because it"], [None, 56]),
+        ]
+    )
+
+
+def _traits(entry: Attack) -> list[str]:
+    norms = " ".join(norm for norm in NORM_NAMES if norm in entry.norms)
+    return [norms, entry.needs, "min" if entry.minimal else "ε"]
+
+
+def _summary(entry: Attack) -> str:
+    """The first sentence of the docstring."""
+    text = " ".join((inspect.getdoc(entry.run) or "").split())
+    return re.split(r"(?<! al)\. ", text, maxsplit=1)[0].rstrip(".")
+
+
+def _attack(entry: Attack) -> str:
+    if entry.refusal:
+        raise InputError(f"attack {entry.name} is refused: it {entry.refusal}")
+    norms, needs, size = _traits(entry)
+    target = "targeted too" if entry.targeted else "untargeted only"
+    reads = "read at every ε" if size == "min" else "runs for each ε"
+    lines = [entry.name]
+    doc = inspect.getdoc(entry.run) or ""
+    lines += [_indented(part) for part in doc.split("\n\n") if part]
+    lines.append(_indented(f"norms {norms}; needs {needs}; {target}; {reads}"))
+    if entry.faults:
+        lines.append(_indented(f"known faults: {entry.faults}"))
+    fields = entry.settings.model_fields
+    given = {key: field.default for key, field in fields.items() if field.default is not None}
+    left = [key for key in fields if key not in given]
+    if given:
+        lines.append(_indented(f"settings: {Spec(name=entry.name, settings=tuple(given.items()))}"))
+    if left:
+        lines.append(_indented(f"and, with defaults that depend on others: {', '.join(left)}"))
+    return "\n".join(lines)
 
 
 def datasets() -> str:

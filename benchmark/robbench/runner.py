@@ -19,6 +19,8 @@ from torch import Tensor
 from robbench import registry
 from robbench.access import Access
 from robbench.attacks import Configured
+from robbench.attacks.evidence import PROBES, enough_draws
+from robbench.attacks.suite import Ready
 from robbench.checkpoints import Shelf, Trained, cache_folder, key_of
 from robbench.datasets import Dataset, Subset
 from robbench.defense import resolve
@@ -27,6 +29,8 @@ from robbench.environment import environment
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.judge import SCORING_DRAWS, Violation, check, check_trace, score
+from robbench.metered import within_limit
+from robbench.networks.bpda import declared_backwards
 from robbench.randomness import sandboxed
 from robbench.records import Record
 from robbench.threat import within
@@ -134,8 +138,9 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
     x, y = (tensor[picked.start : picked.stop].to(shared.device) for tensor in (subset.x, subset.y))
     source = shared.deploy(first.source, dataset, first.train_seed)
     attack = Configured.of(first.attack)
-    access = _access(first, source)
+    access = _access(first, source, subset, shared)
     access.report = progress
+    access.stages = _stages(first, access, shared)
     threat = first.threat
     if attack.entry.minimal:
         threat = threat.model_copy(update={"eps": None})
@@ -143,8 +148,11 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
     seed = derive(first.seed, first.attack_key(), shard, "attack")
     with sandboxed(source.deployed, seed):
         rng = torch.Generator().manual_seed(seed)
-        # copies: an attack that writes into x would be measured against what it wrote
-        adversarial = attack(access, x.clone(), y.clone(), threat, rng)
+        if limit := first.setting.queries:
+            adversarial = within_limit(attack, access, x, y, threat, rng, limit)
+        else:
+            # copies: an attack that writes into x would be measured against what it wrote
+            adversarial = attack(access, x.clone(), y.clone(), threat, rng)
     check_trace(access.trace, len(y))
     cost = {
         "forwards": access.cost.forwards / len(y),
@@ -154,7 +162,7 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
     }
     parts = []
     for cell in cells:
-        part = Part(cell, shard, trace=access.trace, cost=cost)
+        part = Part(cell, shard, trace=access.trace, cost=cost, provenance=dict(access.notes))
         try:
             _judge(part, adversarial, x, y, shared, subset, attack.entry.minimal)
         except Exception as error:  # one target that breaks is not the other targets' fault
@@ -163,16 +171,50 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
     return parts
 
 
-def _access(cell: Cell, source: Trained) -> Access:
+def _access(cell: Cell, source: Trained, subset: Subset, shared: Shared) -> Access:
     """What the setting gives the attacker."""
-    setting, deployed = cell.setting, source.deployed
+    setting, deployed, goal = cell.setting, source.deployed, cell.threat.goal
+    draws = 1 if setting.eot == "auto" else setting.eot
     if setting.kind == "blackbox":
-        return Access(deployed, draws=deployed.draws, gradients=False)
+        return Access(deployed, draws=deployed.draws, gradients=False, goal=goal)
     if setting.kind == "transfer":
-        return Access(deployed, draws=setting.eot, own=False)
-    if setting.kind == "adaptive":
-        return Access(deployed, draws=setting.eot, loss=source.loss)
-    return Access(deployed)
+        losses = source.losses
+        access = Access(deployed, draws=draws, losses=losses, knows=False, own=False, goal=goal)
+    elif setting.kind == "adaptive":
+        access = Access(deployed, draws=draws, losses=source.losses_for(goal), goal=goal)
+    else:
+        return Access(deployed, losses=source.losses, knows=False, goal=goal)
+    if setting.eot == "auto":
+        # the same images for every shard: all of a cell is attacked with as many draws
+        x, y = (t[:PROBES].to(shared.device) for t in (subset.x, subset.y))
+        seed = derive(cell.seed, cell.attack_key(), "draws")
+        with sandboxed(deployed, seed):
+            rng = torch.Generator().manual_seed(seed)
+            draws, seen = enough_draws(access, x, y, cell.threat, rng)
+        access = access.like(draws)
+        access.selection = SCORING_DRAWS
+        access.notes["eot"] = {"chosen": draws, **seen}
+    return access
+
+
+def _stages(cell: Cell, access: Access, shared: Shared) -> list[Ready]:
+    """The stages of a suite, each with the access it has; all that share one count together."""
+    dataset = shared.dataset(cell.dataset)
+    queries = Access(
+        access.deployed, draws=access.deployed.draws, gradients=False, goal=access.goal
+    )
+    oracles: dict[str, Access] = {}
+    ready = []
+    for stage in cell.stages:
+        attack = Configured.of(stage.attack)
+        source = access if attack.entry.needs == "gradients" else queries
+        if stage.oracle:
+            if stage.oracle not in oracles:
+                trained = shared.deploy(stage.oracle, dataset, cell.train_seed)
+                oracles[stage.oracle] = Access(trained.deployed, draws=access.draws, own=False)
+            source = oracles[stage.oracle]
+        ready.append(Ready(str(stage), attack, source))
+    return ready
 
 
 def _judge(
@@ -209,7 +251,7 @@ def _judge(
     }
     part.trace = {**part.trace, "unchanged": same}
     source = shared.deploy(cell.source, shared.dataset(cell.dataset), cell.train_seed)
-    part.provenance = {
+    part.provenance |= {
         "checkpoints": list(target.keys),
         "weights": list(target.weights),
         "oracle_checkpoints": list(source.keys),
@@ -217,6 +259,7 @@ def _judge(
         "dataset_hash": shared.dataset(cell.dataset).hash,
         "subset_hash": subset.hash,
         "randomness": list(deployed.randomness),
+        "bpda": declared_backwards(deployed),
         "chunk": deployed.chunk,
         "threads": torch.get_num_threads(),
         "shard": len(shards(cell.n, deployed.shape)[0]),
@@ -259,7 +302,7 @@ def missing_training(cells: Sequence[Cell], shared: Shared) -> dict[str, tuple[s
     bases before what is built on them."""
     jobs: dict[str, tuple[str, str, int]] = {}
     for cell in cells:
-        for spec in dict.fromkeys((cell.source, cell.defense)):
+        for spec in dict.fromkeys((*cell.sources, cell.defense)):
             if spec in shared.models:
                 continue
             for key, text in _chain(spec, shared.dataset(cell.dataset), cell.train_seed):

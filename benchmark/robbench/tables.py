@@ -13,7 +13,7 @@ from tabulate import tabulate
 from robbench.defense import known_attack, resolve, shown
 from robbench.errors import InputError
 from robbench.grid import MODEL, Cell
-from robbench.metrics import Measure, Metrics, metrics, persistent
+from robbench.metrics import Measure, Metrics, contributions, metrics, persistent
 from robbench.records import Record, newest, without_versions
 from robbench.threat import NORM_NAMES, format_eps
 
@@ -55,6 +55,7 @@ def _order(row: Row) -> tuple[object, ...]:
     return (
         NORM_NAMES.index(cell.threat.norm),
         cell.attack,
+        cell.threat.goal,
         cell.threat.target != "none",
         str(cell.threat.target),
         cell.n,
@@ -63,7 +64,7 @@ def _order(row: Row) -> tuple[object, ...]:
         cell.defense,
         kinds.index(cell.setting.kind),
         cell.setting.oracle or "",
-        cell.setting.eot,
+        str(cell.setting.eot).rjust(4),  # numbers in their order, auto last
         cell.threat.eps or 0,
         cell.id,
     )
@@ -93,8 +94,10 @@ def setting_text(cell: Cell, deterministic: bool) -> str:
     text: str = setting.kind
     if setting.oracle:
         text += f" from {shown(setting.oracle, cell.dataset)}"
-    if setting.eot > 1:
+    if setting.eot != 1:
         text += f" EOT {setting.eot}"
+    if setting.queries:
+        text += f" {setting.queries} queries"
     if setting.kind == "whitebox" and deterministic:
         text += " = adaptive"
     return text
@@ -123,6 +126,7 @@ def groups(made: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     def heading(row: Row) -> str:
         cell = row.cell
         target = "" if cell.threat.target == "none" else f", target {cell.threat.target}"
+        target += "" if cell.threat.goal == "error" else f", goal {cell.threat.goal}"
         seeds = f", train seed {cell.train_seed}" if cell.train_seed else ""
         seeds += f", seed {cell.seed}" if cell.seed else ""
         return f"{cell.attack}, {cell.threat.norm}{target}, n = {cell.n}{seeds}"
@@ -140,6 +144,8 @@ def markdown(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
     lines += ["## Clean", "", _clean_table(finished), ""]
     for title, group in groups(finished):
         lines += [f"## {title}", "", _group_table(group), ""]
+        if stages := _stages_table(group):
+            lines += ["What each stage of the suites did:", "", stages, ""]
     if superseded:
         lines += [left_out(superseded), ""]
     lines += [FOOTNOTE, "", "Written by `robbench leaderboard` from records/; never edited.", ""]
@@ -209,6 +215,37 @@ def _group_table(group: Sequence[Row], style: str = "github") -> str:
     return _tabulated(lines, headers, style)
 
 
+def _stages_table(group: Sequence[Row]) -> str:
+    """The stages of suites that did something, an ε after the other."""
+    lines = []
+    for row in group:
+        assert row.record is not None
+        for part in contributions(row.record):
+            if part.broken or part.worst:
+                lines.append(
+                    [
+                        f"`{shown(row.cell.defense, row.cell.dataset)}`",
+                        format_eps(row.cell.threat.eps),
+                        f"`{part.stage}`",
+                        part.attacked,
+                        part.broken,
+                        part.worst,
+                        f"{part.passes:.0f}",
+                    ]
+                )
+    headers = [
+        "defense", "ε", "stage", "attacked", "broken", "worst point", "passes / image"
+    ]  # fmt: skip
+    return _tabulated(lines, headers) if lines else ""
+
+
+def broken_by(record: Record) -> str:
+    """The stages of a suite that broke most, in one line; empty for any other attack."""
+    parts = sorted(contributions(record), key=lambda part: -part.broken)
+    said = [f"{part.stage} {part.broken}" for part in parts[:3] if part.broken]
+    return ", ".join(said)
+
+
 def _tabulated(
     lines: Sequence[Sequence[object]], headers: Sequence[str], style: str = "github"
 ) -> str:
@@ -243,9 +280,11 @@ def flat(row: Row) -> dict[str, object]:
         "norm": cell.threat.norm,
         "eps": format_eps(cell.threat.eps),
         "target": str(cell.threat.target),
+        "goal": cell.threat.goal,
         "setting": cell.setting.kind,
         "oracle": cell.setting.oracle or "",
         "eot": cell.setting.eot,
+        "max_queries": cell.setting.queries or "",
         "train_seed": cell.train_seed,
         "seed": cell.seed,
         "id": cell.id,

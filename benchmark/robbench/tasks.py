@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from robbench.attacks import Configured
+from robbench.attacks.suite import MEANS
 from robbench.defense import resolve
 from robbench.errors import InputError
-from robbench.grid import Cell
+from robbench.grid import EOT, Cell
 from robbench.runner import (
     Part,
     Shared,
@@ -71,7 +72,9 @@ def plan(cells: Sequence[Cell], shared: Shared) -> list[Task]:
     attacks = []
     for key, group in groups.items():
         dataset = shared.dataset(group[0].dataset)
-        needs = _needs(group[0].source, group[0], shared, jobs)
+        needs = frozenset[str]().union(
+            *(_needs(source, group[0], shared, jobs) for source in group[0].sources)
+        )
         targets = {cell.id: _needs(cell.defense, cell, shared, jobs) for cell in group}
         for shard, images in enumerate(shards(group[0].n, dataset.shape)):
             weight = _attack_weight(group[0], len(images), shared)
@@ -109,7 +112,10 @@ def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
     else:
         members = sum(part.size for part in resolve(cell.source))
     rounds = float(steps) if isinstance(steps, (int, float)) else 20.0
-    return 3.0 * images * members * cell.setting.eot * rounds
+    if budget := settings.get("budget"):
+        rounds = MEANS[budget].steps * len(cell.stages)  # type: ignore[index]
+    draws = EOT if cell.setting.eot == "auto" else cell.setting.eot
+    return 3.0 * images * members * draws * rounds
 
 
 def perform(task: Task, shared: Shared, report: Callable[[int, int], None]) -> Outcome:

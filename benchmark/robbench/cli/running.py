@@ -18,7 +18,8 @@ from robbench.errors import InputError
 
 BLOCK_OPTIONS = {
     "defense", "attack", "norm", "eps", "setting", "oracle", "eot", "target", "baseline", "dataset",
-    "count", "seeds", "train_seeds", "assignments", "detector", "fpr",
+    "count", "seeds", "train_seeds", "assignments", "detector", "fpr", "goal", "max_queries",
+    "budget",
 }  # fmt: skip
 
 if TYPE_CHECKING:
@@ -33,10 +34,15 @@ if TYPE_CHECKING:
 @click.option("--norm", help="linf, l2, l1, …; a comma list is a grid.  [default: linf]")
 @click.option("--eps", help="ε such as 8/255 or 0.1,0.2.  [default: the dataset's list]")
 @click.option("--setting", help="whitebox, adaptive, transfer, blackbox.")
-@click.option("--oracle", help="Defenses that transfer attacks are crafted on.")
 @click.option(
-    "--eot", type=click.IntRange(1), default=20, show_default=True, help="Draws behind a gradient."
+    "--oracle",
+    help="Defenses that transfer attacks are crafted on; or what they are to the target: twin,"
+    " noise-off, undetected, base, member, members, adversarial, type-i, type-ii.",
 )
+@click.option("--eot", help="Draws behind a gradient, or auto: chosen by evidence.  [default: 20]")
+@click.option("--goal", help="error or denial (no right answer), or both.  [default: error]")
+@click.option("--budget", help="Of --attack strongest: smoke, standard or thorough.")
+@click.option("--max-queries", type=click.IntRange(1), help="For each image, in blackbox.")
 @click.option(
     "--target", default="none", show_default=True, help="A label, random, or least-likely."
 )
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
 @click.option(
     "--train-seeds", type=click.IntRange(1), default=1, show_default=True, help="Trained models."
 )
-@click.option("--detector", help="confidence, non-me, k-density or lid, for --defense only.")
+@click.option("--detector", help="confidence, non-me, k-density, lid or union.")
 @click.option("--fpr", help="Clean images that the detector may refuse.  [default: 5%]")
 @click.option("--set", "assignments", multiple=True, help="defense.KEY=V or attack.KEY=V.")
 @click.option("--grid", type=click.Path(path_type=Path), help="A YAML file instead of the above.")
@@ -168,6 +174,7 @@ def _blocks(options: dict[str, Any]) -> list[Block]:
     defense = _with_settings(options["defense"], "defense", options["assignments"])
     defense = _with_detector(defense, options["detector"], options["fpr"])
     attack = _with_settings(options["attack"], "attack", options["assignments"])
+    attack = _with_budget(attack, options["budget"])
     baseline = options["baseline"]
     names = ",".join([defense, *([] if baseline in ("none", "") else [baseline])])
     fields = {
@@ -179,7 +186,9 @@ def _blocks(options: dict[str, Any]) -> list[Block]:
         "eps": options["eps"],
         "setting": options["setting"],
         "oracle": options["oracle"] or [],
-        "eot": options["eot"],
+        "eot": _number(options["eot"]),
+        "goal": options["goal"],
+        "max_queries": options["max_queries"],
         "target": options["target"],
         "seed": list(range(options["seeds"])),
         "train_seed": list(range(options["train_seeds"])),
@@ -213,6 +222,27 @@ def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
             f"--set cannot tell the parts of {joined[0]} apart; write it into the spec"
         )
     return ",".join(str(spec.with_settings(settings)) for spec in specs)
+
+
+def _number(text: str | None) -> object:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _with_budget(text: str, budget: str | None) -> str:
+    """Every spec of a comma list that has a budget, with this one."""
+    from robbench.attacks import Configured
+    from robbench.registry import Spec, split_list
+
+    if budget is None:
+        return text
+    specs, found = [], False
+    for spec in map(Spec.parse, split_list(text)):
+        if "budget" in Configured.of(spec).entry.settings.model_fields:
+            spec, found = spec.with_settings({"budget": budget}), True
+        specs.append(str(spec))
+    if not found:
+        raise InputError(f"--budget is for a suite of attacks, not {text}; add --attack strongest")
+    return ",".join(specs)
 
 
 def _with_detector(text: str, detectors: str | None, fpr: str | None) -> str:

@@ -16,19 +16,20 @@ KINDS = ("defenses", "attacks", "datasets", "networks")
 @click.argument("kind", type=click.Choice(KINDS), metavar="|".join(KINDS))
 @click.argument("name", required=False)
 def list_command(kind: str, name: str | None) -> None:
-    """List what specs can name, with what each can do; of defenses, one with its settings.
+    """List what specs can name, with what each can do; one defense or attack with its settings.
 
     \b
     robbench list defenses
     robbench list defenses ito
+    robbench list attacks apgd
     """
     check_installation()
     from robbench import listing
 
     if name is None:
         click.echo(getattr(listing, kind)())
-    elif kind == "defenses":
-        click.echo(listing.defenses(name))
+    elif kind in ("defenses", "attacks"):
+        click.echo(getattr(listing, kind)(name))
     else:
         raise InputError(f"{kind} are listed all at once: write 'robbench list {kind}'")
 

@@ -104,6 +104,10 @@ class Console:
             text = f"{heading} · {clean} · {_cost([row.record for row in same if row.record])}"
             self.out.print(text, style="cyan", markup=False)
             self.out.print(_lines(same))
+            for row in same:
+                if row.record and (stages := tables.broken_by(row.record)):
+                    eps = format_eps(row.cell.threat.eps)
+                    self.out.print(f"  at {eps} broken by {stages}", style="dim", markup=False)
 
 
 def _safe(text: str) -> str:

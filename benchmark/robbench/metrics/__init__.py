@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # detectors and losses use the measures, and records come aft
     from robbench.records import Record
 
 
+LOST = 0.95  # of the decisions on an image: a suite attacks it no further
+
+
 class Measure(NamedTuple):
     """A share in [0, 1] with its 95 % interval; nan where it is not defined."""
 
@@ -62,6 +65,40 @@ def metrics(record: Record) -> Metrics:
         clean_abstained=share((r - clean_right - clean_wrong) / r, r),
         draw_error=statistics.draw_error(record.ok, r),
     )
+
+
+class Contribution(NamedTuple):
+    """What one stage of a suite did: images it attacked, those it lost for good to the suite's
+    selection draws, those whose worst point it found, and its passes per attacked image."""
+
+    stage: str
+    attacked: int
+    broken: int
+    worst: int
+    passes: float
+
+
+def contributions(record: Record) -> list[Contribution]:
+    """The stages of a suite in their order; none for any other attack."""
+    names = record.provenance.get("suite", [])
+    if not names or "suite_lost" not in record.trace:
+        return []
+    enough = 1 if record.draws == 1 else LOST
+    found = []
+    for index, name in enumerate(names):
+        lost = record.trace["suite_lost"][index].astype(np.float64)
+        there = np.isfinite(lost)
+        passes = record.trace["suite_passes"][index][there]
+        found.append(
+            Contribution(
+                name,
+                int(there.sum()),
+                int((lost[there] >= enough).sum()),
+                int((record.trace["suite_winner"] == index).sum()),
+                float(passes.mean()) if there.any() else 0.0,
+            )
+        )
+    return found
 
 
 def share(values: np.ndarray, draws: int) -> Measure:
