@@ -18,7 +18,6 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Generator, Tensor, nn
 
 from robbench.attacks.losses import Scored, dlr
-from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, canonical, defense
 from robbench.registry import Spec
 from robbench.rules import Draw, Loss, MeanProbabilities
@@ -86,10 +85,6 @@ class Distillation(Defense):
         with torch.no_grad():
             logits = torch.stack([teacher(batch.clean) for teacher in self._teachers])
         return batch._replace(y=(logits / self.temperature).softmax(dim=-1).mean(dim=0))
-
-    def own_attacks(self, budget: Budget) -> list[Stage]:
-        """A loss that does not see how large the logits are."""
-        return [Stage(f"apgd(loss=dlr, steps={MEANS[budget].steps}, start=warm)")]
 
     def criterion(self, draw: Draw, y: Tensor, x: Tensor) -> Tensor:
         return self._cross_entropy(draw, y)

@@ -42,6 +42,8 @@ class MixupInference(nn.Module):
     def __init__(self, network: nn.Module, pool: Tensor, settings: MixupInferenceDefense) -> None:
         super().__init__()
         self.network, self.settings = network, settings
+        if settings.variant != "ol":
+            self.declared_backward = "choice of partners as the logits of the image itself"
         self.register_buffer("pool", pool)
 
     def forward(self, x: Tensor) -> Tensor:

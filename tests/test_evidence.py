@@ -116,12 +116,39 @@ def test_the_best_point_is_the_one_of_the_largest_margin_within_the_ball(network
 
 
 def test_limits_are_for_attacks_that_ask():
-    with pytest.raises(ValueError, match="max_queries: pgd needs gradients"):
+    with pytest.raises(ValueError, match="max_queries: it limits attacks that ask"):
         Block(defense="standard", attack="pgd", max_queries=10)
     cells = Block(defense="standard", attack="square", max_queries=10, n=4, eps="0.1").cells(
         datasets.load("digits")
     )
     assert [cell.setting.queries for cell in cells] == [10]
+
+
+def test_options_that_would_do_nothing_are_refused():
+    for given in (
+        {"attack": "pgd", "setting": "whitebox", "eot": 7},
+        {"attack": "spsa", "eot": 7},
+        {"attack": "square", "setting": "transfer", "oracle": "pgd-at", "max_queries": 5},
+    ):
+        with pytest.raises(ValueError, match="eot: draws behind|max_queries: it limits"):
+            Block(defense="standard", **given)
+
+
+def test_a_minimal_attack_has_the_same_draws_at_every_radius():
+    def measured(*eps):
+        result = robbench.evaluate(
+            "smoothing(network=mlp, epochs=1, draws=5)", "digits", "deepfool(steps=2)",
+            eps=list(eps), n=16, setting="adaptive", eot="auto",
+        )  # fmt: skip
+        return {str(r.cell.threat.eps): (r.provenance["eot"], r.ok.sum()) for r in result.records}
+
+    both, alone = measured("0.02", "0.3"), measured("0.3")
+    assert both["3/10"] == alone["3/10"]
+    with pytest.raises(InputError, match="has none for l0; write a number"):
+        robbench.evaluate(
+            "smoothing(network=mlp, epochs=1, draws=5)", "digits", "jsma(steps=2)", norm="l0",
+            eps=5, n=4, setting="adaptive", eot="auto",
+        )  # fmt: skip
 
 
 def test_denial_is_asked_only_of_what_can_refuse():

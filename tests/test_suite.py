@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,18 +11,20 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 import robbench
-from robbench import datasets
+from robbench import datasets, registry
 from robbench.access import Access
 from robbench.attacks import Configured
+from robbench.attacks.losses import Votes
 from robbench.attacks.sample_average import Frozen
-from robbench.attacks.suite import BUDGETS, Ready, compose, in_turn
+from robbench.attacks.suite import BUDGETS, Ready, Stage, compose, in_turn
 from robbench.defense import canonical, resolve, suite_of, with_preset
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.grid import Block
 from robbench.networks.bpda import BPDA, declared_backwards
+from robbench.records import Record, Store
 from robbench.registry import defenses
-from robbench.rules import MeanLogits
+from robbench.rules import MeanLogits, Vote
 from robbench.siblings import RELATIONS, members_of, siblings
 from robbench.threat import Threat
 
@@ -70,11 +74,99 @@ def test_rand_draws_twenty_times(network, digits):
     assert access.cost.backwards % 20 == 0
 
 
-def test_autoattack_refuses_what_its_loss_cannot_do(digits):
+def test_autoattack_takes_the_margin_where_its_loss_is_not_defined(digits):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     access = Access(Deployed(nn.ModuleList([model]), MeanLogits(), SHAPE, 3))
-    with pytest.raises(InputError, match="needs 4 labels"):
-        Configured.of("autoattack")(access, digits.x, digits.y % 3, Threat(eps="0.1"), rng())
+    y = model(digits.x).argmax(dim=1)
+    attack = Configured.of("autoattack(steps=10, queries=20)")
+    found = attack(access, digits.x, y, Threat(eps="0.3"), rng())
+    assert (model(found).argmax(dim=1) != y).float().mean() > 0.9
+    assert any("loss=margin" in name for name in access.notes["suite"])
+
+
+def test_on_an_oracle_every_part_of_autoattack_runs(network, digits):
+    access = access_to(network, own=False)
+    attack = Configured.of("autoattack(steps=5, queries=20)")
+    attack(access, digits.x, digits.y, Threat(eps="0.3"), rng())
+    assert np.isfinite(access.trace["suite_lost"]).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("saa(attack=strongest)", "write one attack"),
+        ("saa(attack='cw-linf')", "cw-linf has no norm l2"),
+        ("strongest", "is no inner attack"),
+        ("apgd(start=warm)", "there are none"),
+    ],
+)
+def test_what_only_makes_sense_in_a_suite_is_refused_outside(spec, problem, network, digits):
+    access = access_to(nn.Sequential(Noise(), network))
+    with pytest.raises(InputError, match=problem):
+        Configured.of(spec)(access, digits.x, digits.y, Threat(norm="l2", eps="0.5"), rng())
+
+
+def test_a_search_for_the_smallest_change_stays_within_the_ball_in_a_sample_average(
+    network, digits
+):
+    access = access_to(nn.Sequential(Noise(), network), draws=2)
+    attack = Configured.of("saa(draws=4, attack='deepfool(steps=5)')")
+    found = attack(access, digits.x, digits.y, Threat(eps="0.15"), rng())
+    assert (found - digits.x).abs().max() <= 0.15 + 1e-6
+    assert not torch.equal(found, digits.x)
+
+
+def test_what_couples_a_batch_is_frozen_image_by_image(network, digits):
+    class Coupled(nn.Module):
+        per_batch = True
+
+        def forward(self, x):
+            return network(x) + x.std() * torch.randn(len(x), 10)
+
+    frozen = Frozen(Deployed(nn.ModuleList([Coupled()]), MeanLogits(), SHAPE, 10), [1, 2])
+    whole, part = frozen.sample(digits.x, 1).logits, frozen.sample(digits.x[3:5], 1).logits
+    torch.testing.assert_close(part, whole[:, :, 3:5], rtol=1e-5, atol=1e-5)
+
+
+def test_the_suite_of_an_own_model_knows_what_it_is_told(digits):
+    torch.manual_seed(0)
+    nets = [nn.Sequential(Noise(), nn.Flatten(), nn.Linear(64, 10)).eval() for _ in range(2)]
+    data = (digits.x, digits.y)
+    model = robbench.deploy(nets, data, rule=Vote(), draws=3, loss={"mine": Votes()})
+    for goal in ("error", "denial"):
+        result = robbench.evaluate(
+            model, data, "strongest(budget=smoke)", eps="0.1", n=8, goal=goal
+        )
+        names = " ".join(result.records[0].provenance["suite"])
+        assert all(part in names for part in ("loss=mine", "balanced=true", "arc", "saa("))
+        assert ("loss=denial" in names) is (goal == "denial")
+
+
+def test_the_id_of_a_suite_follows_what_it_is_made_of(monkeypatch, tmp_path):
+    def cells():
+        block = Block(defense="ito", attack="strongest(budget=smoke)", eps="0.1", n=8)
+        return list(block.cells(datasets.load("digits")))
+
+    (before,) = cells()
+    monkeypatch.setattr("robbench.defense.compose", lambda *_, **__: [Stage("fgsm")])
+    (after,) = cells()
+    assert before.id != after.id
+    assert before.setting.suite != after.setting.suite
+    store = Store(tmp_path)
+    assert store.path(before) == store.path(after)  # the newer record takes the older's place
+    failed = Record(id=before.id, cell=before, status="failed", reason="…")
+    store.put(failed)
+    store.put(Record(id=after.id, cell=after, status="failed", reason="…"))
+    assert [record.id for record in store.all()] == [after.id]
+
+
+def test_versions_of_inner_attacks_count(monkeypatch):
+    plain = Configured.of("autoattack").version, Configured.of("saa(attack=square)").version
+    entry = registry.attacks.get("square")
+    monkeypatch.setitem(registry.attacks._entries, "square", replace(entry, version=3))
+    raised = Configured.of("autoattack").version, Configured.of("saa(attack=square)").version
+    assert raised == (plain[0] + 2, plain[1] + 2)
 
 
 def test_a_stage_sees_only_what_is_left_and_the_trace_says_who_broke_what(network, digits):
@@ -175,6 +267,8 @@ def test_the_own_losses_come_first():
         ("pgd-at", "adversarial", []),
         ("standard(detector=lid, fpr=0.01)", "undetected", ["standard"]),
         ("smoothing(base=pgd-at, epochs=0)", "twin", ["standard"]),
+        ("enresnet", "type-ii", ["enresnet(network=resnet20)"]),
+        ("random-resize-pad", "type-ii", ["random-resize-pad(base=standard(network=resnet20))"]),
     ],
 )
 def test_siblings_stand_in_their_relation(text, relation, found):
@@ -182,10 +276,11 @@ def test_siblings_stand_in_their_relation(text, relation, found):
 
 
 def test_a_star_lists_the_members():
-    assert members_of("adp[*]") == ["adp[0]", "adp[1]", "adp[2]"]
-    assert members_of("adp[1]") == ["adp[1]"]
-    with pytest.raises(InputError, match="members of one defense"):
-        members_of("adp & standard[0][*]")
+    assert members_of("adp[*]", "quick", "digits") == ["adp[0]", "adp[1]", "adp[2]"]
+    assert members_of("adp[1]", "quick", "digits") == ["adp[1]"]
+    assert len(members_of("ito[*]", "paper", "cifar10")) == 20
+    with pytest.raises(InputError, match="is a list of defenses"):
+        resolve("adp[*] & standard")
 
 
 def test_members_attack_each_other():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from robbench import statistics, tables
 from robbench.grid import Cell, Setting
-from robbench.metrics import Measure, metrics
+from robbench.metrics import Measure, contributions, metrics
 from robbench.records import Record
 from robbench.statistics import Interval
 from robbench.threat import Threat
@@ -278,3 +278,61 @@ def test_a_failed_row_says_why():
 
 def test_file_names_are_portable():
     assert set(tables.pages("folder:a/b c", [])) == {"folder_a_b_c.md", "folder_a_b_c.csv"}
+
+
+def test_two_targets_of_two_oracles_make_a_matrix():
+    def crossed(defense, oracle, right):
+        setting = Setting(kind="transfer", oracle=oracle)
+        return record(cell(defense=defense, setting=setting), right=right)
+
+    pairs = [("ito", "standard", (1, 1, 1, 0)), ("ito", "pgd-at", (1, 1, 1, 1)),
+             ("mmc", "standard", (0, 0, 0, 0))]  # fmt: skip
+    text = page(*(crossed(*pair) for pair in pairs))
+    rows = [
+        [word.strip() for word in line.strip("|").split("|")]
+        for line in text.partition("Accuracy % by oracle:")[2].splitlines()
+        if line.startswith("| `")
+    ]
+    assert rows[:2] == [["`ito`", "0.1", "100.0", "75.0"], ["`mmc`", "0.1", "", "0.0"]]
+    alone = page(crossed("ito", "standard", (1, 1, 0, 0)), crossed("ito", "pgd-at", (1, 1, 0, 0)))
+    assert "by oracle" not in alone
+
+
+def suite(lost, winner, **changes):
+    trace = {
+        "suite_lost": np.array(lost, dtype=np.float16),
+        "suite_winner": np.array(winner, dtype=np.int8),
+        "suite_passes": np.full((len(lost), len(winner)), 7, dtype=np.float32),
+    }
+    provenance = {"suite": ["fgsm", "pgd"], "device": "some GPU", "commit": "abc", "threads": 1}
+    return record(trace=trace, provenance=provenance, **changes)
+
+
+def test_a_suite_says_which_stage_broke_what():
+    nan = float("nan")
+    deterministic = suite([[1, 0, 0, 1], [nan, 0.5, 1, nan]], [0, -1, 1, 0])
+    found = contributions(deterministic)
+    assert [(part.attacked, part.broken, part.worst) for part in found] == [(4, 2, 2), (2, 1, 1)]
+    assert tables.broken_by(deterministic) == "fgsm 2, pgd 1"
+    assert "standard 0.1 fgsm 4 2 2 7" in " ".join(re.findall(r"[\w.]+", page(deterministic)))
+    random = suite([[0.96, 0.5, 0.2, 1], [nan, 0.94, 1, nan]], [0, 1, 1, 0], draws=20)
+    assert [part.broken for part in contributions(random)] == [2, 1]
+    assert contributions(record()) == []
+    assert tables.broken_by(record()) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"threat": Threat(norm="linf", eps="1/10", goal="denial")}, "goal denial"),
+        ({"setting": Setting(kind="adaptive", eot="auto")}, "adaptive EOT auto"),
+        ({"setting": Setting(kind="blackbox", queries=500)}, "blackbox 500 queries"),
+    ],
+)
+def test_goals_draws_and_limits_are_said(changes, part):
+    of = cell(**changes)
+    assert part in page(record(of))
+    flat = tables.flat(tables.rows([record(of)])[0])
+    assert flat["goal"] == of.threat.goal
+    assert flat["eot"] == of.setting.eot
+    assert flat["max_queries"] == (of.setting.queries or "")

@@ -70,8 +70,9 @@ class Access(nn.Module):
     own: False where the answers come from an oracle, so that a broken example says nothing yet.
     goal: what counts as lost - an accepted error (no answer is half of one), or any answer but
     the label. selection: draws by which candidates are compared. start: where earlier stages of a
-    suite have come to, the shape of x; stages: those of the defense's own suite. notes: what an
-    attack has to say about itself, kept in the record.
+    suite have come to, the shape of x; stages: those of the defense's own suite; guides: clean
+    images and labels that an attack may look at beside its own. notes: what an attack has to say
+    about itself, kept in the record.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Access(nn.Module):
         self.selection = 20 if self.draws > 1 else 5
         self.start: Tensor | None = None
         self.stages: Sequence[Any] = ()
+        self.guides: tuple[Tensor, Tensor] | None = None
         self.notes: dict[str, Any] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None  # progress of an attack
         self.training = False

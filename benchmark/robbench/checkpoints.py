@@ -115,7 +115,7 @@ class Shelf:
         members, keys, weights = nn.ModuleList(), [], []
         for part, defense in zip(spec.parts or (spec,), parts, strict=True):
             own, key, sha256 = self.members(defense, dataset, train_seed, device, progress)
-            if part.member is not None:
+            if isinstance(part.member, int):
                 own = own[part.member : part.member + 1]
             members.extend(own)
             keys.append(key)

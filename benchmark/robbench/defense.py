@@ -315,6 +315,8 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
     spec = Spec.parse(text)
     parts = tuple(_configure(part) for part in (spec.parts or (spec,)))
     for part, one in zip(parts, spec.parts or (spec,), strict=True):
+        if one.member == "*":
+            raise InputError(f"{one} is a list of defenses; give it to --defense or --oracle alone")
         if one.member is not None and one.member >= part.size:
             raise InputError(f"{one}: members of {part.name} are 0 to {part.size - 1}")
     whole = [(part.spec, one.member) for part, one in zip(parts, spec.parts, strict=False)]

@@ -27,11 +27,11 @@ from pydantic import (
 
 from robbench import defense as defenses
 from robbench.attacks import Attack, Configured
-from robbench.attacks.suite import MEANS, Stage, compose
+from robbench.attacks.suite import MEANS, Budget, Stage, compose, distinct, frozen
 from robbench.checkpoints import Trained, common_rule
 from robbench.datasets import Dataset
 from robbench.errors import InputError, unknown
-from robbench.registry import split_list
+from robbench.registry import Spec, split_list
 from robbench.siblings import RELATIONS, members_of, siblings
 from robbench.threat import GOALS, Eps, Goal, Norm, Threat, check_budget, parse_norm
 
@@ -49,7 +49,7 @@ MODEL = "model:"  # begins the name of a model of the caller, which no registry 
 
 class Setting(BaseModel):
     """What the attacker has; eot counts the draws behind each gradient (auto: chosen by evidence),
-    queries limits those of each image."""
+    queries limits those of each image, suite is the digest of all that a suite is made of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Kind
@@ -57,6 +57,7 @@ class Setting(BaseModel):
     oracle_version: str = "1"
     eot: Draws = 1
     queries: int | None = None
+    suite: str = ""
 
     def __str__(self) -> str:
         oracle = f" from {self.oracle}" if self.oracle else ""
@@ -95,28 +96,35 @@ class Cell(BaseModel):
         return self.setting.oracle or self.defense
 
     @property
-    def stages(self) -> list[Stage]:
-        """Of the suite that the attack runs; those on an oracle name its spec."""
+    def place(self) -> str:
+        """The id without the suite: a record of an older suite makes room for one of the newer."""
+        setting = self.setting.model_copy(update={"suite": ""})
+        return self.model_copy(update={"setting": setting}).id
+
+    def stages(self, models: Mapping[str, Trained] = MappingProxyType({})) -> list[Stage]:
+        """Of the suite that the attack runs, those on an oracle with its spec; none for another
+        attack. models: the caller's own by their names."""
         attack = Configured.of(self.attack)
         if not attack.entry.suite:
             return []
         budget: Any = attack.settings["budget"]
         if self.defense.startswith(MODEL):
-            return compose((), budget)
-        found = []
-        for stage in defenses.suite_of(self.defense, budget):
-            related = [stage.oracle]
-            if stage.oracle in RELATIONS:
-                related = list(siblings(self.defense, self.dataset, stage.oracle))
-            found += [replace(stage, oracle=oracle) for oracle in related]
+            found = _suite_of_model(models[self.defense], budget)
+        else:
+            found = []
+            for stage in defenses.suite_of(self.defense, budget):
+                related: list[str | None] = [stage.oracle]
+                if stage.oracle in RELATIONS:
+                    related = list(siblings(self.defense, self.dataset, stage.oracle))
+                found += [replace(stage, oracle=oracle) for oracle in related]
         if self.threat.goal == "denial":
             found.insert(0, Stage(f"apgd(loss=denial, steps={MEANS[budget].steps})"))
-        return list(dict.fromkeys(found))
+        return distinct(found)
 
-    @property
-    def sources(self) -> list[str]:
+    def sources(self, models: Mapping[str, Trained] = MappingProxyType({})) -> list[str]:
         """All defenses that the attack works on."""
-        return list(dict.fromkeys([self.source, *filter(None, (s.oracle for s in self.stages))]))
+        oracles = [stage.oracle for stage in self.stages(models) if stage.oracle]
+        return list(dict.fromkeys([self.source, *oracles]))
 
     def attack_key(self) -> str:
         """Cells with the same key share x': a minimum-norm attack at every ε, a transfer attack
@@ -138,6 +146,33 @@ class Cell(BaseModel):
         return f"{defense} · {self.attack} · {self.threat} · {setting}"
 
 
+def _suite_of_model(model: Trained, budget: Budget) -> list[Stage]:
+    """The suite that suits a model of the caller, which has no siblings."""
+    deployed = model.deployed
+    fixed = [frozen(budget)] if deployed.stochastic else []
+    return compose(
+        list(model.losses),
+        budget,
+        members=len(deployed.members),
+        stochastic=deployed.stochastic,
+        own=fixed,
+    )
+
+
+def suite_digest(stages: Sequence[Stage]) -> str:
+    """Of all that decides what a suite computes: attacks and oracles with their versions."""
+    made = [
+        (
+            stage.attack,
+            Configured.of(stage.attack).version,
+            stage.oracle,
+            stage.oracle and defenses.version_of(stage.oracle),
+        )
+        for stage in stages
+    ]
+    return _digest({"stages": made})[:12]
+
+
 def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -155,8 +190,9 @@ def _by_norm(value: object) -> object:
 
 
 def _defense(text: str) -> str:
-    for each in [] if text.startswith(MODEL) else members_of(text):
-        defenses.resolve(each)
+    if not text.startswith(MODEL):
+        spec = Spec.parse(text)
+        defenses.resolve(spec.model_copy(update={"member": None}) if spec.member == "*" else spec)
     return text
 
 
@@ -244,8 +280,11 @@ class Block(BaseModel):
                 " out, or write adaptive"
             )
             return
-        if self.max_queries and not queries:
-            yield f"max_queries: {attack.name} needs gradients; it is for attacks that ask queries"
+        kinds = self.setting or (["blackbox"] if queries else ["whitebox", "adaptive"])
+        if self.max_queries and (not queries or "blackbox" not in kinds):
+            yield "max_queries: it limits attacks that ask queries, in the setting blackbox"
+        if self.eot is not None and not {"adaptive", "transfer"} & set(kinds) and not attack.suite:
+            yield "eot: draws behind a gradient are for the settings adaptive and transfer"
         if self.target != "none" and "denial" in self.goal:
             yield "goal: denial is reached by any answer but the label, so it has no target"
         for kind in self.setting or []:
@@ -307,31 +346,41 @@ class Block(BaseModel):
         def known(text: str) -> _Target:
             return _Target.of(text, preset, dataset.name, models)
 
-        targets = [known(each) for text in self.defense for each in _whole(text)]
+        def listed(text: str) -> list[str]:
+            return [text] if text.startswith(MODEL) else members_of(text, preset, dataset.name)
+
+        targets = [known(each) for text in self.defense for each in listed(text)]
         attacks = [Configured.of(text) for text in self.attack]
         for attack, target in itertools.product(attacks, targets):
             related = [
                 known(each)
                 for text in self.oracle
-                for each in _related(text, target.text, dataset.name)
+                for each in (
+                    _related(text, target.text, dataset.name) if text in RELATIONS else listed(text)
+                )
             ]
             oracles = list({oracle.text: oracle for oracle in related}.values())
             for setting in self._settings(attack, target, oracles):
                 for threat in self._threats(attack, dataset, target):
                     for train_seed, seed in itertools.product(self.train_seed, self.seed):
-                        yield Cell(
+                        cell = Cell(
                             dataset=dataset.name,
                             data=dataset.hash[:16],
                             n=n,
                             defense=target.text,
                             defense_version=target.version,
                             attack=str(attack.spec),
-                            attack_version=attack.entry.version,
+                            attack_version=attack.version,
                             threat=threat,
                             setting=setting,
                             train_seed=train_seed,
                             seed=seed,
                         )
+                        if stages := cell.stages(models):
+                            suite = {"suite": suite_digest(stages)}
+                            changed = setting.model_copy(update=suite)
+                            cell = cell.model_copy(update={"setting": changed})
+                        yield cell
 
     def _settings(
         self, attack: Configured, target: _Target, oracles: Sequence[_Target]
@@ -411,14 +460,8 @@ class _Target(BaseModel):
         )
 
 
-def _whole(text: str) -> list[str]:
-    return [text] if text.startswith(MODEL) else members_of(text)
-
-
 def _related(text: str, target: str, dataset: str) -> list[str]:
-    """The oracles that a word or a spec stands for, against one target."""
-    if text not in RELATIONS:
-        return _whole(text)
+    """The oracles in a relation to one target."""
     return [] if target.startswith(MODEL) else siblings(target, dataset, text)
 
 

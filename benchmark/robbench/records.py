@@ -119,12 +119,12 @@ class Store:
 
     def path(self, cell: Cell) -> Path:
         defense = _folder_name(cell.defense)
-        return self.folder / _folder_name(cell.dataset) / defense / f"{cell.id[:20]}.json"
+        return self.folder / _folder_name(cell.dataset) / defense / f"{cell.place[:20]}.json"
 
     def get(self, cell: Cell) -> Record | None:
         """The finished record of a cell; None where there is none or only a failed one."""
         record = self._there(self.path(cell))
-        return record if record is not None and record.status == "ok" else None
+        return record if record and record.status == "ok" and record.id == cell.id else None
 
     def _there(self, path: Path) -> Record | None:
         """The record of a file that a cell may be written to; what this version cannot read is
@@ -188,7 +188,7 @@ def newest(records: Iterable[Record], alike: Callable[[Cell], Hashable]) -> list
 
 def without_versions(cell: Cell) -> Cell:
     """What is left of a cell when versions do not matter."""
-    setting = cell.setting.model_copy(update={"oracle_version": ""})
+    setting = cell.setting.model_copy(update={"oracle_version": "", "suite": ""})
     return cell.model_copy(update={"defense_version": "", "attack_version": 0, "setting": setting})
 
 

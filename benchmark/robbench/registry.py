@@ -1,9 +1,9 @@
 """Names of defenses, attacks and datasets, and the specs that configure them.
 
 A spec is written the same everywhere: `ito`, `ito(omega=0.4, members=3)`, `pgd(steps=50)`;
-`A & B` joins separately trained defenses, `A[0]` is one member. Other packages join by entry
-points in the groups robbench.defenses, robbench.attacks and robbench.datasets; they are read when
-a look-up needs them.
+`A & B` joins separately trained defenses, `A[0]` is one member, and `A[*]` lists all of them.
+Other packages join by entry points in the groups robbench.defenses, robbench.attacks and
+robbench.datasets; they are read when a look-up needs them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,7 +43,7 @@ class Spec(BaseModel):
     name: str
     settings: tuple[tuple[str, object], ...] = ()
     parts: tuple[Spec, ...] = ()
-    member: int | None = None
+    member: int | Literal["*"] | None = None
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:
@@ -124,9 +124,10 @@ class _Reader:
                 settings[key] = self.value()
                 if not self.take(",") and self.peek() != ")":
                     self.fail("expected ',' or ')'")
-        member = None
+        member: int | Literal["*"] | None = None
         if self.take("["):
-            member = int(self.match(_INDEX, "the number of a member"))
+            star = self.take("*")
+            member = "*" if star else int(self.match(_INDEX, "the number of a member"))
             if not self.take("]"):
                 self.fail("expected ']'")
         return Spec(name=name, settings=tuple(sorted(settings.items())), member=member)

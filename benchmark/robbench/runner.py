@@ -185,12 +185,22 @@ def _access(cell: Cell, source: Trained, subset: Subset, shared: Shared) -> Acce
     else:
         return Access(deployed, losses=source.losses, knows=False, goal=goal)
     if setting.eot == "auto":
+        threat = cell.threat
+        if threat.eps is None or Configured.of(cell.attack).entry.minimal:
+            # one of a group of cells must not decide for the others: the dataset does
+            budgets = shared.dataset(cell.dataset).eps.get(threat.norm)
+            if not budgets:
+                raise InputError(
+                    f"eot = auto looks at steps within an ε, and {cell.dataset} has none for"
+                    f" {threat.norm}; write a number"
+                )
+            threat = threat.model_copy(update={"eps": budgets[len(budgets) // 2]})
         # the same images for every shard: all of a cell is attacked with as many draws
         x, y = (t[:PROBES].to(shared.device) for t in (subset.x, subset.y))
         seed = derive(cell.seed, cell.attack_key(), "draws")
         with sandboxed(deployed, seed):
             rng = torch.Generator().manual_seed(seed)
-            draws, seen = enough_draws(access, x, y, cell.threat, rng)
+            draws, seen = enough_draws(access, x, y, threat, rng)
         access = access.like(draws)
         access.selection = SCORING_DRAWS
         access.notes["eot"] = {"chosen": draws, **seen}
@@ -201,19 +211,27 @@ def _stages(cell: Cell, access: Access, shared: Shared) -> list[Ready]:
     """The stages of a suite, each with the access it has; all that share one count together."""
     dataset = shared.dataset(cell.dataset)
     queries = Access(
-        access.deployed, draws=access.deployed.draws, gradients=False, goal=access.goal
+        access.deployed,
+        draws=access.deployed.draws,
+        gradients=False,
+        losses=access.losses,
+        goal=access.goal,
     )
     oracles: dict[str, Access] = {}
+    weights: dict[str, list[str]] = {}
     ready = []
-    for stage in cell.stages:
+    for stage in cell.stages(shared.models):
         attack = Configured.of(stage.attack)
         source = access if attack.entry.needs == "gradients" else queries
         if stage.oracle:
             if stage.oracle not in oracles:
                 trained = shared.deploy(stage.oracle, dataset, cell.train_seed)
                 oracles[stage.oracle] = Access(trained.deployed, draws=access.draws, own=False)
+            weights[stage.oracle] = list(trained.weights)
             source = oracles[stage.oracle]
         ready.append(Ready(str(stage), attack, source))
+    if weights:
+        access.notes["suite_weights"] = weights
     return ready
 
 
@@ -302,7 +320,7 @@ def missing_training(cells: Sequence[Cell], shared: Shared) -> dict[str, tuple[s
     bases before what is built on them."""
     jobs: dict[str, tuple[str, str, int]] = {}
     for cell in cells:
-        for spec in dict.fromkeys((*cell.sources, cell.defense)):
+        for spec in dict.fromkeys((*cell.sources(shared.models), cell.defense)):
             if spec in shared.models:
                 continue
             for key, text in _chain(spec, shared.dataset(cell.dataset), cell.train_seed):

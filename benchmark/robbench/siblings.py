@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from robbench.defense import Defense, canonical, resolve, with_preset
 from robbench.errors import InputError
+from robbench.randomness import preserved_random_state
 from robbench.registry import Spec
 
 
@@ -23,15 +24,14 @@ def siblings(text: str, dataset: str, relation: str) -> list[str]:
     return [each for each in found if each != str(canonical(spec))]
 
 
-def members_of(text: str) -> list[str]:
+def members_of(text: str, preset: str, dataset: str) -> list[str]:
     """The specs of the single members behind `A[*]`; anything else is itself."""
-    whole = text.strip().removesuffix("[*]")
-    if whole == text.strip():
+    spec = Spec.parse(text)
+    if spec.member != "*":
         return [text]
-    spec = Spec.parse(whole)
-    if spec.parts or spec.member is not None:
-        raise InputError(f"{text}: the members of one defense can be listed, as in adp[*]")
-    return [f"{spec}[{index}]" for index in range(resolve(spec)[0].size)]
+    whole = spec.model_copy(update={"member": None})
+    size = resolve(with_preset(whole, preset, dataset))[0].size
+    return [str(spec.model_copy(update={"member": index})) for index in range(size)]
 
 
 def _each(spec: Spec, change: Callable[[Defense], Spec]) -> Spec:
@@ -97,9 +97,41 @@ def _type_i(spec: Spec, dataset: str) -> Iterator[Spec]:
 
 
 def _type_ii(spec: Spec, dataset: str) -> Iterator[Spec]:
-    yield _each(
-        spec, lambda part: part.spec.with_settings({"network": other_network(network_of(part))})
-    )
+    here = network_of(resolve(spec)[0])
+    for network in (other_network(here), *OTHERS):
+        if Spec.parse(network).name == Spec.parse(here).name:
+            continue
+        there = _each(spec, lambda part, network=network: _on(part.spec, network))  # type: ignore[misc]
+        if _fits(there):
+            yield there
+            return
+
+
+def _on(spec: Spec, network: str) -> Spec:
+    """A defense on another network; of what goes around another, that one's."""
+    if spec.parts:
+        parts = tuple(_on(part, network) for part in spec.parts)
+        return spec.model_copy(update={"parts": parts})
+    (part,) = resolve(spec)
+    if not part.wraps:
+        base = part.base_spec()
+        changes = {"network": network, **({"base": str(_on(base, network))} if base else {})}
+        return part.spec.with_settings(changes)
+    base = part.base_spec()
+    assert base is not None
+    left = {key: value for key, value in part.spec.settings if key != "network"}
+    return Spec(name=spec.name).with_settings({**left, "base": str(_on(base, network))})
+
+
+def _fits(spec: Spec) -> bool:
+    """Whether the defense can be put into the network: some want residual blocks."""
+    try:
+        with preserved_random_state():
+            for part in resolve(spec):
+                part.build((3, 32, 32), 10)
+    except InputError:
+        return False
+    return True
 
 
 def _pairs(spec: Spec) -> list[tuple[Spec, Defense]]:
@@ -120,6 +152,7 @@ def other_network(network: str) -> str:
     return "mlp" if name == "quick" else "resnet20" if name == "vgg16" else "vgg16"
 
 
+OTHERS = ("resnet20", "vgg16", "mlp")  # what a defense may fit that does not fit the first
 RELATIONS: dict[str, Callable[[Spec, str], Iterator[Spec]]] = {
     "noise-off": _noise_off,
     "undetected": _undetected,

@@ -144,6 +144,8 @@ def markdown(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
     lines += ["## Clean", "", _clean_table(finished), ""]
     for title, group in groups(finished):
         lines += [f"## {title}", "", _group_table(group), ""]
+        if crossed := _matrix(group):
+            lines += ["Accuracy % by oracle:", "", crossed, ""]
         if stages := _stages_table(group):
             lines += ["What each stage of the suites did:", "", stages, ""]
     if superseded:
@@ -213,6 +215,31 @@ def _group_table(group: Sequence[Row], style: str = "github") -> str:
         "passes / image",
     ]
     return _tabulated(lines, headers, style)
+
+
+def _matrix(group: Sequence[Row], style: str = "github") -> str:
+    """Targets by oracles, ε by ε, where there are at least two of each."""
+    made = [row for row in group if row.cell.setting.oracle]
+    lines, found = [], False
+    oracles = list(dict.fromkeys(_oracle(row) for row in made))
+    for eps in dict.fromkeys(row.cell.threat.eps for row in made):
+        at = [row for row in made if row.cell.threat.eps == eps]
+        targets = dict.fromkeys(shown(row.cell.defense, row.cell.dataset) for row in at)
+        found |= len(targets) > 1 and len({_oracle(row) for row in at}) > 1
+        for target in targets:
+            own = {
+                _oracle(row): percent(row.metrics.accuracy)
+                for row in at
+                if row.metrics and shown(row.cell.defense, row.cell.dataset) == target
+            }
+            shares = [own.get(oracle, "") for oracle in oracles]
+            lines.append([f"`{target}`", format_eps(eps), *shares])
+    headers = ["target", "ε", *(f"from `{oracle}`" for oracle in oracles)]
+    return _tabulated(lines, headers, style) if found else ""
+
+
+def _oracle(row: Row) -> str:
+    return shown(str(row.cell.setting.oracle), row.cell.dataset)
 
 
 def _stages_table(group: Sequence[Row]) -> str:

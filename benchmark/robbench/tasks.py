@@ -73,7 +73,7 @@ def plan(cells: Sequence[Cell], shared: Shared) -> list[Task]:
     for key, group in groups.items():
         dataset = shared.dataset(group[0].dataset)
         needs = frozenset[str]().union(
-            *(_needs(source, group[0], shared, jobs) for source in group[0].sources)
+            *(_needs(source, group[0], shared, jobs) for source in group[0].sources(shared.models))
         )
         targets = {cell.id: _needs(cell.defense, cell, shared, jobs) for cell in group}
         for shard, images in enumerate(shards(group[0].n, dataset.shape)):
@@ -113,7 +113,7 @@ def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
         members = sum(part.size for part in resolve(cell.source))
     rounds = float(steps) if isinstance(steps, (int, float)) else 20.0
     if budget := settings.get("budget"):
-        rounds = MEANS[budget].steps * len(cell.stages)  # type: ignore[index]
+        rounds = MEANS[budget].steps * len(cell.stages(shared.models))  # type: ignore[index]
     draws = EOT if cell.setting.eot == "auto" else cell.setting.eot
     return 3.0 * images * members * draws * rounds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -30,7 +30,8 @@ class Attack:
     """A registered attack: its function and what it can do and needs.
 
     minimal: searches the smallest perturbation and is read at every ε. suite: runs the stages that
-    the attacked defense names. faults: known defects, as `list attacks` shows them. refusal: why
+    the attacked defense names. inner: specs of the attacks that it is made of, by its
+    settings. faults: known defects, as `list attacks` shows them. refusal: why
     it cannot be believed at all, None where it can.
     """
 
@@ -44,6 +45,7 @@ class Attack:
     faults: str = ""
     refusal: str | None = None
     suite: bool = False
+    inner: Callable[[Mapping[str, Any]], Sequence[str]] | None = field(default=None, compare=False)
     open_settings: type[BaseModel] | None = field(default=None, compare=False)
 
     @cached_property
@@ -117,6 +119,12 @@ class Configured:
         canonical = given.model_dump(mode="json", exclude_defaults=True)
         settings = tuple(sorted(canonical.items()))
         return cls(entry, Spec(name=entry.name, settings=settings), dict(given))
+
+    @property
+    def version(self) -> int:
+        """That of the attack, raised with those of the attacks that it is made of."""
+        inner = self.entry.inner(self.settings) if self.entry.inner else ()
+        return self.entry.version + sum(Configured.of(spec).version - 1 for spec in inner)
 
     def __call__(
         self, access: Access, x: Tensor, y: Tensor, threat: Threat, rng: Generator

@@ -19,12 +19,14 @@ from robbench.access import Access
 from robbench.attacks import attack, choose_targets
 from robbench.attacks.gradient import Steps, Trace, column, radius, select
 from robbench.attacks.losses import Towards, choose
+from robbench.errors import InputError
 from robbench.metrics import LOST
 from robbench.randomness import random_state, set_random_state
 from robbench.rules import Loss
 from robbench.threat import Norm, Threat, ascend, project_l1, shrink, surface_start
 
 MOMENTUM = 0.25  # the share of the last move in the next
+CALLS = 10  # of the defense, by which an image counts as lost: one or two may be luck
 RENEWED = 5  # steps that are compared on the same draws
 RADII = ((3, 0.3), (2, 0.3), (1, 0.4))  # under l1: in ε, and the share of the steps spent there
 
@@ -61,7 +63,11 @@ def apgd(
         rounds = [label for label in likeliest(access, x, y, targets) for _ in range(restarts)]
     climb = _Climb(access, threat.norm, radius(threat), steps, rho, balanced, objective)
     trace, winner = Trace(len(x), steps + 1), torch.zeros_like(y)
-    warm = access.start if start == "warm" and access.start is not None else None
+    if start == "warm" and access.start is None:
+        raise InputError(
+            "apgd(start=warm) starts where earlier stages of a suite ended; there are none"
+        )
+    warm = access.start if start == "warm" else None
     best = x.clone() if warm is None else warm.clone()
     going = remaining(access, best, y, aim, judged)
     for index, label in enumerate(rounds):
@@ -77,10 +83,10 @@ def apgd(
         found = climb(images, labels, None if label is None else label[going], here, trace, going)
         goal = None if aim is None else aim[going]
         pool = [best[going], *found]
-        chosen, which, verdict = select(access, pool, labels, goal, judged)
+        chosen, which, verdict = select(access, pool, labels, goal, judged, CALLS)
         best[going] = chosen
         winner[going[which > 0]] = index
-        going = going[verdict.lost < _enough(access)]
+        going = going[verdict.lost < enough(access)]
     access.report(len(rounds), len(rounds))
     access.trace = {**trace.arrays, "restart": winner.cpu().numpy().astype("uint8")}
     return best
@@ -98,11 +104,11 @@ def remaining(access: Access, x: Tensor, y: Tensor, target: Tensor | None, loss:
     everything = torch.arange(len(x), device=x.device)
     if not access.own:
         return everything
-    _, _, verdict = select(access, [x], y, target, loss)
-    return everything[verdict.lost < _enough(access)]
+    _, _, verdict = select(access, [x], y, target, loss, CALLS)
+    return everything[verdict.lost < enough(access)]
 
 
-def _enough(access: Access) -> float:
+def enough(access: Access) -> float:
     """From which share of lost decisions on an image needs no further attack."""
     return 1 if access.exact else LOST if access.own else math.inf
 

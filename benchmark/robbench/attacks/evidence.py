@@ -57,6 +57,10 @@ def enough_draws(
 def _agreement(access: Access, x: Tensor, y: Tensor) -> tuple[float, float]:
     loss = choose(access, "auto")
     first, second = (access.gradient(x, y, loss).gradient.flatten(1) for _ in range(2))
+    alive = (first != 0).any(dim=1) | (second != 0).any(dim=1)
+    if not bool(alive.any()):  # nothing left to climb, with any number of draws
+        return 1.0, 1.0
+    first, second = first[alive], second[alive]
     moving = (first != 0) | (second != 0)
     signs = ((first.sign() == second.sign()) & moving).sum() / moving.sum().clamp_min(1)
     return float(F.cosine_similarity(first, second, dim=1).mean()), float(signs)

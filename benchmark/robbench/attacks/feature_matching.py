@@ -72,15 +72,16 @@ def feature_matching(
 
     Sabour et al. 2016, arXiv:1511.05122; against detectors Tramer et al. 2020, arXiv:2002.08347:
     what is like such an image inside is answered like it, by detectors and votes too. Guides are
-    images of the same batch that the defense answers rightly, the nearest of each of the `guides`
-    nearest labels, chosen anew at every step; of the target only, where there is one. Networks
-    without activations are matched in their logits. An image without a guide is attacked by its
-    margin. step, starts: as in opgd. The papers match one fixed guide.
+    images of the same batch (in a suite: also those already broken) that the defense answers
+    rightly, the nearest of each of the `guides` nearest labels, chosen anew at every step; of the
+    target only, where there is one. Networks without activations are matched in their logits. An
+    image without a guide is attacked by its margin. step, starts: as in opgd. The papers match one
+    fixed guide. Trace: guided (N,) whether there was a guide.
     """
     goal = choose_targets(access, x, y, threat, rng)
     matching, near = _guides(access, x, y)
     access.notes["matched"] = "features" if matching.features else "logits"
-    access.notes["without a guide"] = int((~matching.allowed(y, goal).any(dim=1)).sum())
+    guided = matching.allowed(y, goal).any(dim=1)
     aims: list[Tensor | None] = [goal]
     if goal is None:
         aims += near.argsort(dim=1)[:, 1 : min(guides, near.shape[1] - 1)].unbind(1)
@@ -94,7 +95,9 @@ def feature_matching(
         return push
 
     rounds = [towards(aim) for aim in aims]
-    return pursue(access, x, y, goal, threat, rng, rounds, steps, step)
+    found = pursue(access, x, y, goal, threat, rng, rounds, steps, step)
+    access.trace["guided"] = guided.cpu().numpy()
+    return found
 
 
 def _guides(access: Access, x: Tensor, y: Tensor) -> tuple[Matching, Tensor]:
@@ -102,13 +105,17 @@ def _guides(access: Access, x: Tensor, y: Tensor) -> tuple[Matching, Tensor]:
     without any come late, the image's own label last."""
     deployed = access.deployed
     features = _has_activations(access, x)
-    access.count(len(x), access.draws)
-    draw = deployed.draw(x, access.draws, features)
-    answers = torch.stack([deployed.rule.decide(call) for call in access.calls(draw)])
-    labels = y.masked_fill((answers == y).float().mean(dim=0) <= 0.5, -1)
-    hidden = draw.features if features else draw.logits
+    known, theirs = access.guides or (x, y)
+    access.count(len(known), access.draws)
+    seen = draw = deployed.draw(known, access.draws, features)
+    answers = torch.stack([deployed.rule.decide(call) for call in access.calls(seen)])
+    labels = theirs.masked_fill((answers == theirs).float().mean(dim=0) <= 0.5, -1)
+    hidden = seen.features if features else seen.logits
     assert hidden is not None
     matching = Matching(deployed.rule, hidden.mean(dim=0), labels, features)
+    if access.guides:
+        access.count(len(x), access.draws)
+        draw = deployed.draw(x, access.draws, features)
     far = matching.distances(draw).masked_fill(~matching.allowed(y, None), math.inf)
     near = torch.full((len(x), deployed.labels), torch.finfo(far.dtype).max, device=x.device)
     near = near.scatter_reduce(1, labels.clamp_min(0).expand_as(far), far, "amin")

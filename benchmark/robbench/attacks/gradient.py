@@ -265,18 +265,23 @@ def worst_of(
 
 
 def select(
-    access: Access, candidates: list[Tensor], y: Tensor, target: Tensor | None, loss: Loss
+    access: Access,
+    candidates: list[Tensor],
+    y: Tensor,
+    target: Tensor | None,
+    loss: Loss,
+    calls: int = 1,
 ) -> tuple[Tensor, Tensor, Verdict]:
     """Per image the candidate that costs the defense most (Access.judge), its index, and what it
     costs.
 
     All are compared on the same selection draws, which scoring never sees again; there are enough
-    for whole calls of the defense, at least 20 where the attack itself averages over draws.
+    for so many calls of the defense, and at least 20 where the attack itself averages over draws.
     """
     state = random_state(access.device)
     winner = torch.zeros_like(y)
     per_call = access.deployed.draws
-    draws = per_call * math.ceil(access.selection / per_call)
+    draws = per_call * max(math.ceil(access.selection / per_call), calls)
     best, verdict = candidates[0], access.judge(candidates[0], y, loss, target, draws)
     for index, candidate in enumerate(candidates[1:], start=1):
         set_random_state(access.device, state)

@@ -124,6 +124,7 @@ def _variant(name: str, papers: Mapping[str, Mapping[str, Any]]) -> Attack:
 
     return replace(
         base,
+        inner=None,
         name=f"{name}:as-published",
         run=run,
         faults="as the papers ran it; the plain name is the attack to use",

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from robbench.access import Access
 from robbench.attacks import Configured, attack
 from robbench.attacks.losses import choose
+from robbench.attacks.suite import Ready, one_stage
 from robbench.deployed import Deployed, Randomness
 from robbench.errors import InputError
 from robbench.randomness import preserved_random_state, seed_everything
@@ -66,7 +67,8 @@ def _fixed(
         hidden = member.features(images)  # type: ignore[operator]
         return member.readout(hidden), hidden  # type: ignore[operator]
 
-    if kind != "image":
+    coupled = any(getattr(module, "per_batch", False) for module in member.modules())
+    if kind != "image" and not coupled:
         made = outputs(x)
     else:
 
@@ -83,7 +85,12 @@ def _fixed(
     return made[0], made[1] if features else None
 
 
-@attack("saa", norms=("linf", "l2", "l1"), targeted=False)
+@attack(
+    "saa",
+    norms=("linf", "l2", "l1"),
+    targeted=False,
+    inner=lambda settings: [str(settings["attack"])],
+)
 def saa(
     access: Access,
     x: Tensor,
@@ -100,8 +107,15 @@ def saa(
     Trace: surrogate_lost (N,) of the fixed draws, fresh_lost (N,) of as many fresh calls.
     """
     inner = Configured.of(attack)
+    if inner.entry.suite:
+        raise InputError(f"saa(attack={inner.entry.name}): write one attack, such as autoattack")
+    if threat.norm not in inner.entry.norms:
+        known = ", ".join(sorted(inner.entry.norms))
+        raise InputError(f"saa: {inner.entry.name} has no norm {threat.norm}; it has {known}")
     if not access.deployed.stochastic:
-        return inner(access, x, y, threat, rng)
+        return one_stage(Ready("", inner, access), x, y, x, threat, rng)
+    if access.deployed.rule.abstains:  # fewer may never be enough for an answer
+        draws = max(draws, access.deployed.draws)
     seeds = torch.randint(2**31 - 1, (draws,), generator=rng).tolist()
     surrogate = Access(
         Frozen(access.deployed, seeds),
@@ -110,8 +124,9 @@ def saa(
         own=access.own,
         goal=access.goal,
     )
-    surrogate.cost, surrogate.report, surrogate.start = access.cost, access.report, access.start
-    found = inner(surrogate, x, y, threat, rng)
+    surrogate.cost, surrogate.report, surrogate.guides = access.cost, access.report, access.guides
+    start = x if access.start is None else access.start
+    found = one_stage(Ready("", inner, surrogate), x, y, start, threat, rng)
     loss = choose(access, "auto")
     fixed = surrogate.judge(found, y, loss, None, 1).lost
     fresh = access.judge(found, y, loss, None, draws * access.deployed.draws).lost

@@ -7,7 +7,7 @@ points that they found. What each stage contributed is in the trace.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -17,11 +17,10 @@ from torch import Generator, Tensor
 
 from robbench.access import Access
 from robbench.attacks import Configured, attack
-from robbench.attacks.apgd import remaining
+from robbench.attacks.apgd import CALLS, enough, remaining
 from robbench.attacks.gradient import Steps, column, select
 from robbench.attacks.losses import choose
 from robbench.errors import InputError
-from robbench.metrics import LOST
 from robbench.registry import Spec
 from robbench.threat import Threat, distance, format_eps, within
 
@@ -83,7 +82,11 @@ L1_STANDARD = ("apgd(loss=ce, restarts=5)", "apgd(loss=dlr, targets=5)", FAB, SQ
 RAND_DRAWS = 20
 
 
-@attack("autoattack", norms=("linf", "l2", "l1"), aliases=("aa",), targeted=False)
+def _parts(settings: Mapping[str, object]) -> Sequence[str]:
+    return VERSIONS[str(settings["version"])]
+
+
+@attack("autoattack", norms=("linf", "l2", "l1"), aliases=("aa",), targeted=False, inner=_parts)
 def autoattack(
     access: Access,
     x: Tensor,
@@ -97,17 +100,15 @@ def autoattack(
 ) -> Tensor:
     """AutoAttack as its authors define it: APGD-CE, APGD-T, FAB-T and Square.
 
+    With fewer than four labels, where DLR is not defined, it is the margin in its place.
     rand: APGD-CE and APGD-DLR with 20 EOT draws. On a stochastic defense our APGD keeps what
     costs most over selection draws, where the authors' stops at the first lucky one.
     """
     specs = VERSIONS[version]
     if version == "standard" and threat.norm == "l1":
         specs = L1_STANDARD
-    if any("dlr" in spec for spec in specs) and access.deployed.labels < 4:
-        raise InputError(
-            f"autoattack needs 4 labels for its loss DLR, there are {access.deployed.labels};"
-            " write apgd(loss=margin, targets=9)"
-        )
+    if access.deployed.labels < 4:
+        specs = tuple(spec.replace("loss=dlr", "loss=margin") for spec in specs)
     source = access.like(draws=RAND_DRAWS) if version == "rand" else access
     stages = []
     for spec in map(Spec.parse, specs):
@@ -132,6 +133,10 @@ def strongest(
 ) -> Tensor:
     """The worst point per image over the defense's own suite of attacks, at this budget."""
     stages = [stage for stage in access.stages if threat.norm in stage.attack.entry.norms]
+    if not stages:
+        raise InputError(
+            "strongest takes its stages from the cell's defense; it is no inner attack"
+        )
     return in_turn(access, stages, x, y, threat, rng)
 
 
@@ -160,14 +165,16 @@ def in_turn(
         if not len(going):
             break
         before = _passes(stage.access)
-        found = _one(stage, x[going], y[going], best[going], threat, rng)
+        stage.access.guides = (x, y)
+        found = one_stage(stage, x[going], y[going], best[going], threat, rng)
         place = going.cpu().numpy()
         passes[index, place] = (_passes(stage.access) - before) / len(place)
-        chosen, which, verdict = select(access, [best[going], found], y[going], None, loss)
+        pool = [best[going], found]
+        chosen, which, verdict = select(access, pool, y[going], None, loss, CALLS)
         best[going] = chosen
         winner[going[which > 0]] = index
         lost[index, place] = verdict.lost.cpu().numpy()
-        going = going[verdict.lost < (1 if access.exact else LOST)]
+        going = going[verdict.lost < enough(access)]
     for cost in {id(stage.access.cost): stage.access.cost for stage in stages}.values():
         access.cost.add(cost)
     access.report(len(stages), len(stages))
@@ -180,7 +187,7 @@ def in_turn(
     return best
 
 
-def _one(
+def one_stage(
     stage: Ready, x: Tensor, y: Tensor, start: Tensor, threat: Threat, rng: Generator
 ) -> Tensor:
     """The points of one stage; x itself where it found none within ε."""
@@ -220,6 +227,7 @@ def compose(
     """
     means = MEANS[budget]
     climb = f"steps={means.steps}, restarts={means.restarts}, start=warm"
+    losses = ["evasion", *losses] if detector else losses
     first = losses[0] if losses else "margin"
     stages = [Stage(f"mim(loss=margin, steps={means.steps})", oracle) for oracle in oracles]
     stages += [
@@ -236,8 +244,15 @@ def compose(
         stages.append(Stage("fab(targets=9)"))
     if stochastic and budget == "thorough":
         stages.append(Stage(f"saa(draws={means.frozen})"))
-    stages.append(Stage(f"square(queries={means.queries})"))
-    return list(dict.fromkeys(stages))
+    search = ", loss=evasion" if detector else ""  # the margin alone says nothing of a detector
+    stages.append(Stage(f"square(queries={means.queries}{search})"))
+    return distinct(stages)
+
+
+def distinct(stages: Sequence[Stage]) -> list[Stage]:
+    """Each stage once, however its spec is written."""
+    written = [Stage(str(Configured.of(stage.attack).spec), stage.oracle) for stage in stages]
+    return list(dict.fromkeys(written))
 
 
 def frozen(budget: Budget) -> Stage:

@@ -238,6 +238,8 @@ def _with_budget(text: str, budget: str | None) -> str:
     specs, found = [], False
     for spec in map(Spec.parse, split_list(text)):
         if "budget" in Configured.of(spec).entry.settings.model_fields:
+            if dict(spec.settings).get("budget", budget) != budget:
+                raise InputError(f"--budget {budget} contradicts {spec}; write one of them")
             spec, found = spec.with_settings({"budget": budget}), True
         specs.append(str(spec))
     if not found:
@@ -376,14 +378,18 @@ def _check_identity(cell: Cell, shared: Shared) -> None:
     """A record of other data or of another version cannot be re-run, only contradicted."""
     from robbench.attacks import Configured
     from robbench.defense import version_of
+    from robbench.grid import suite_digest
 
     data = shared.dataset(cell.dataset).hash[:16]
     if data != cell.data:
         raise InputError(f"the data differ: {cell.dataset} has the hash {data}, not {cell.data}")
-    now = (version_of(cell.defense), Configured.of(cell.attack).entry.version)
+    now = (version_of(cell.defense), Configured.of(cell.attack).version)
     oracle = cell.setting.oracle
-    if now != (cell.defense_version, cell.attack_version) or (
-        oracle is not None and version_of(oracle) != cell.setting.oracle_version
+    suite = suite_digest(cell.stages()) if cell.setting.suite else ""
+    if (
+        now != (cell.defense_version, cell.attack_version)
+        or suite != cell.setting.suite
+        or (oracle is not None and version_of(oracle) != cell.setting.oracle_version)
     ):
         raise InputError(
             f"another version of {cell} was recorded: what it is made of gives other numbers now"
