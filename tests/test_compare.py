@@ -310,3 +310,23 @@ def test_files_that_cannot_be_compared_are_refused(store):
         compare(str(path), str(path), "digits", store.root)
     with pytest.raises(InputError, match="cannot read the record"):
         compare("absent.json", str(path), "digits", store.root)
+
+
+def test_suites_of_different_make_are_compared(store):
+    """A suite stands for all settings: neither its digest nor its draws keep it apart."""
+    attack = {"attack": "strongest(budget=smoke)"}
+    deterministic = Setting(kind="adaptive", suite="aaa")
+    stochastic = Setting(kind="adaptive", eot=5, suite="bbb")
+    one = record(right=(1, 1, 1, 0), setting=deterministic, **attack)
+    other = record(str(with_preset("ito", "quick", "digits")), (9, 0, 0, 0), 20,
+                   setting=stochastic, **attack)  # fmt: skip
+    (line,) = table(store, "standard", "ito", one, other)
+    assert line[0] == "strongest(budget=smoke)"
+
+
+def test_a_line_says_which_goal_it_is_of(store):
+    denial = Threat(norm="linf", eps="1/10", goal="denial")
+    pairs = [record(name, threat=threat) for name in ("standard", "pgd-at")
+             for threat in (denial, Threat(norm="linf", eps="1/10"))]  # fmt: skip
+    lines = table(store, "standard", "pgd-at", *pairs)
+    assert sorted(line[0] for line in lines) == ["pgd", "pgd goal=denial"]

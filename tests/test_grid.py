@@ -256,7 +256,7 @@ def test_a_model_of_the_caller_is_a_defense(digits):
         ({"attack": "pgd(step_size=1)"}, "unknown setting of attack pgd 'step_size'"),
         ({"attack": []}, "attack is empty"),
         ({"defense": "itto"}, "defense: unknown defense 'itto'; did you mean 'ito'?"),
-        ({"oracle": "standart"}, "oracle: unknown defense 'standart'"),
+        ({"oracle": "standart"}, "oracle: unknown oracle 'standart'; did you mean 'standard'?"),
         ({"setting": "whitebxo"}, "setting: unknown setting 'whitebxo'; did you mean 'whitebox'"),
         ({"setting": "blackbox"}, "setting: pgd needs gradients"),
         ({"setting": "transfer"}, "setting: transfer needs an oracle"),

@@ -336,3 +336,14 @@ def test_goals_draws_and_limits_are_said(changes, part):
     assert flat["goal"] == of.threat.goal
     assert flat["eot"] == of.setting.eot
     assert flat["max_queries"] == (of.setting.queries or "")
+
+
+def test_what_is_remarkable_about_a_number_is_said():
+    auto = cell(setting=Setting(kind="adaptive", eot="auto"))
+    made = record(auto, provenance={"eot": {"chosen": 5}})
+    assert tables.remarks(made) == ["at 0.1 EOT auto took 5 draws"]
+    idle = record(trace={"unchanged": np.array([True, True, True, True])})
+    assert tables.remarks(idle) == ["at 0.1 the attack changed no image that is right when clean"]
+    busy = record(trace={"unchanged": np.array([True, False, True, True])})
+    assert tables.remarks(busy) == []
+    assert "changed no image" in page(idle) and "changed no image" not in page(busy)

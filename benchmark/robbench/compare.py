@@ -71,7 +71,7 @@ def _line(pair: Pair, p: float, holm: float) -> list[str]:
         return first if first == second else f"{first} / {second}"
 
     return [
-        both(lambda cell: cell.attack),
+        both(lambda cell: cell.attack + _goal(cell)),
         both(lambda cell: cell.threat.norm),
         both(lambda cell: format_eps(cell.threat.eps)),
         both(lambda cell: cell.n),
@@ -82,6 +82,10 @@ def _line(pair: Pair, p: float, holm: float) -> list[str]:
         f"{p:.2g}",
         f"{holm:.2g}",
     ]
+
+
+def _goal(cell: Cell) -> str:
+    return "" if cell.threat.goal == "error" else f" goal={cell.threat.goal}"
 
 
 def _points(share: float) -> str:
@@ -170,8 +174,11 @@ def _allowed(records: Sequence[Record], others: Sequence[Record]) -> list[Record
 
 
 def _whole(record: Record) -> bool:
-    """Whether it stands for every setting of its own: the white box of a deterministic defense."""
+    """Whether it stands for every setting of its own: the white box of a deterministic defense, and
+    a suite, which has them all."""
     cell = record.cell
+    if cell.setting.suite:
+        return True
     return cell.setting.kind == "whitebox" and deterministic(Row(cell, None, record))
 
 

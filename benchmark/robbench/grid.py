@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from robbench import defense as defenses
+from robbench import registry
 from robbench.attacks import Attack, Configured
 from robbench.attacks.suite import MEANS, Budget, Stage, compose, distinct, frozen
 from robbench.checkpoints import Trained, common_rule
@@ -197,7 +198,12 @@ def _defense(text: str) -> str:
 
 
 def _oracle(text: str) -> str:
-    return text if text in RELATIONS else _defense(text)
+    if text in RELATIONS:
+        return text
+    name = Spec.parse(text).name if not text.startswith(MODEL) else ""
+    if name and "&" not in name and name not in registry.defenses:
+        raise unknown("oracle", name, [*registry.defenses, *RELATIONS])
+    return _defense(text)
 
 
 def _attack(text: str) -> str:
@@ -282,7 +288,10 @@ class Block(BaseModel):
             return
         kinds = self.setting or (["blackbox"] if queries else ["whitebox", "adaptive"])
         if self.max_queries and (not queries or "blackbox" not in kinds):
-            yield "max_queries: it limits attacks that ask queries, in the setting blackbox"
+            yield (
+                "max_queries: it limits attacks that ask queries, in the setting blackbox; of a"
+                " suite the budget does"
+            )
         if self.eot is not None and not {"adaptive", "transfer"} & set(kinds) and not attack.suite:
             yield "eot: draws behind a gradient are for the settings adaptive and transfer"
         if self.target != "none" and "denial" in self.goal:

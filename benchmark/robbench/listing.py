@@ -85,6 +85,10 @@ def _defense(name: str, shared: Collection[str]) -> str:
     }
     if own:
         lines.append(_indented(f"settings: {Spec(name=name, settings=tuple(own.items()))}"))
+    if losses := list(cls().losses):
+        lines.append(_indented(f"losses of the attacker who knows it: {', '.join(losses)}"))
+    stages = [str(stage) for stage in cls().suite("standard")]
+    lines.append(_indented("--attack strongest --budget standard: " + "; ".join(stages)))
     return "\n".join(lines)
 
 
@@ -147,7 +151,7 @@ def _traits(entry: Attack) -> list[str]:
 def _summary(entry: Attack) -> str:
     """The first sentence of the docstring."""
     text = " ".join((inspect.getdoc(entry.run) or "").split())
-    return re.split(r"(?<! al)\. ", text, maxsplit=1)[0].rstrip(".")
+    return re.split(r"(?<! al)(?<! eq)\. ", text, maxsplit=1)[0].rstrip(".")
 
 
 def _attack(entry: Attack) -> str:
@@ -167,6 +171,9 @@ def _attack(entry: Attack) -> str:
     left = [key for key in fields if key not in given]
     if given:
         lines.append(_indented(f"settings: {Spec(name=entry.name, settings=tuple(given.items()))}"))
+    for key, field in fields.items():
+        if choices := [str(c) for c in get_args(field.annotation) if isinstance(c, str)]:
+            lines.append(_indented(f"{key}: {', '.join(choices)}"))
     if left:
         lines.append(_indented(f"and, with defaults that depend on others: {', '.join(left)}"))
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 from tabulate import tabulate
 
 from robbench.defense import known_attack, resolve, shown
@@ -25,6 +26,7 @@ FOOTNOTE = (
     " of images that survive ten tries of the same x'. *passes / image* is forward + backward"
     " passes of single networks."
 )
+MOST = 3  # stages of a suite that a line names
 TRIES = 10  # of a persistent attacker
 SHARES = ("accuracy", "incorrect", "abstained", "correct_or_abstained", "robust")
 
@@ -146,6 +148,15 @@ def markdown(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
         lines += [f"## {title}", "", _group_table(group), ""]
         if crossed := _matrix(group):
             lines += ["Accuracy % by oracle:", "", crossed, ""]
+        said = [
+            f"- `{shown(row.cell.defense, row.cell.dataset)}`, {setting_text(row.cell, False)}:"
+            f" {remark}"
+            for row in group
+            for remark in (remarks(row.record) if row.record else ())
+            if "broken by" not in remark
+        ]
+        if said:
+            lines += [*said, ""]
         if stages := _stages_table(group):
             lines += ["What each stage of the suites did:", "", stages, ""]
     if superseded:
@@ -243,12 +254,12 @@ def _oracle(row: Row) -> str:
 
 
 def _stages_table(group: Sequence[Row]) -> str:
-    """The stages of suites that did something, an ε after the other."""
+    """The stages of suites that had anything to do, an ε after the other."""
     lines = []
     for row in group:
         assert row.record is not None
         for part in contributions(row.record):
-            if part.broken or part.worst:
+            if part.attacked:
                 lines.append(
                     [
                         f"`{shown(row.cell.defense, row.cell.dataset)}`",
@@ -268,9 +279,26 @@ def _stages_table(group: Sequence[Row]) -> str:
 
 def broken_by(record: Record) -> str:
     """The stages of a suite that broke most, in one line; empty for any other attack."""
-    parts = sorted(contributions(record), key=lambda part: -part.broken)
-    said = [f"{part.stage} {part.broken}" for part in parts[:3] if part.broken]
-    return ", ".join(said)
+    parts = [part for part in contributions(record) if part.broken]
+    parts.sort(key=lambda part: -part.broken)
+    said = [f"{part.stage} {part.broken}" for part in parts[:MOST]]
+    more = sum(part.broken for part in parts[MOST:])
+    return ", ".join([*said, f"others {more}"] if more else said)
+
+
+def remarks(record: Record) -> list[str]:
+    """What a reader of a number should know about how it came about, a line each."""
+    eps = format_eps(record.cell.threat.eps)
+    said = []
+    if stages := broken_by(record):
+        said.append(f"at {eps} broken by {stages}")
+    if chosen := record.provenance.get("eot", {}).get("chosen"):
+        said.append(f"at {eps} EOT auto took {chosen} draw{'s' * (chosen > 1)}")
+    unchanged = record.trace.get("unchanged")
+    right = record.clean_ok is not None and record.clean_ok > 0
+    if unchanged is not None and np.any(right) and bool(unchanged[right].all()):
+        said.append(f"at {eps} the attack changed no image that is right when clean")
+    return said
 
 
 def _tabulated(
@@ -291,7 +319,14 @@ def cost_passes(record: Record) -> str:
 def text(made: Sequence[Row]) -> str:
     """The tables as plain text, for a Python prompt."""
     finished = [row for row in made if row.metrics is not None]
-    parts = [f"{title}\n{_group_table(group, 'simple')}" for title, group in groups(finished)]
+    parts = []
+    for title, group in groups(finished):
+        said = [
+            f"{shown(row.cell.defense, row.cell.dataset)}: {remark}"
+            for row in group
+            for remark in (remarks(row.record) if row.record else ())
+        ]
+        parts.append("\n".join([title, _group_table(group, "simple"), *said]))
     parts += [f"failed: {row.cell}: {row.note}" for row in made if row.metrics is None]
     return "\n\n".join(parts)
 

@@ -20,8 +20,9 @@ from torch import Generator, Tensor
 
 from robbench.access import Access
 from robbench.attacks import attack, choose_targets
-from robbench.attacks.gradient import Steps, Trace, select
+from robbench.attacks.gradient import Steps, Trace
 from robbench.attacks.losses import margin
+from robbench.attacks.success import broken
 from robbench.randomness import random_state, set_random_state
 from robbench.rules import Loss
 from robbench.threat import Norm, Threat, ascend
@@ -155,17 +156,3 @@ def nearest(
         best = plane
     assert best is not None
     return best
-
-
-def broken(access: Access, x: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
-    """(N,) bool: the attacker's goal in most of enough fresh draws.
-
-    A search asks so often that one sample of draws is lucky somewhere: a success on a stochastic
-    defense has to be one in a second sample as well.
-    """
-    loss = access.score_loss(margin)
-    lost = select(access, [x], y, target, loss)[2].lost > 0.5
-    if access.deployed.stochastic and bool(lost.any()):
-        aim = None if target is None else target[lost]
-        lost[lost.clone()] = select(access, [x[lost]], y[lost], aim, loss)[2].lost > 0.5
-    return lost

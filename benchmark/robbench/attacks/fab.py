@@ -19,9 +19,10 @@ from torch import Generator, Tensor
 
 from robbench.access import Access
 from robbench.attacks import attack, choose_targets
-from robbench.attacks.deepfool import boundaries, broken, nearest
+from robbench.attacks.deepfool import boundaries, nearest
 from robbench.attacks.gradient import Steps, Trace
 from robbench.attacks.losses import margin
+from robbench.attacks.success import broken
 from robbench.errors import InputError
 from robbench.rules import Loss
 from robbench.threat import Eps, Norm, Threat, distance, random_start

@@ -17,9 +17,9 @@ from torch import Generator, Tensor
 
 from robbench.access import Access
 from robbench.attacks import attack, choose_targets
-from robbench.attacks.deepfool import broken
 from robbench.attacks.gradient import Trace
 from robbench.attacks.losses import choose
+from robbench.attacks.success import broken
 from robbench.threat import Norm, Threat
 
 FINE = 20  # radii between the first coarse one that breaks and the one before it

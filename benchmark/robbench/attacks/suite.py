@@ -250,7 +250,10 @@ def compose(
 
 
 def distinct(stages: Sequence[Stage]) -> list[Stage]:
-    """Each stage once, however its spec is written."""
+    """Each stage once, however its spec is written; InputError for what is no stage."""
+    for stage in stages:
+        if not isinstance(stage, Stage):
+            raise InputError(f"{stage!r} is no stage of a suite; write Stage({str(stage)!r})")
     written = [Stage(str(Configured.of(stage.attack).spec), stage.oracle) for stage in stages]
     return list(dict.fromkeys(written))
 

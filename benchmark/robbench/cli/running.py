@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.command("run")
 @defense_option(required=False)
 @attack_option
-@click.option("--norm", help="linf, l2, l1, …; a comma list is a grid.  [default: linf]")
+@click.option(
+    "--norm", help="linf, l2, l1, …: one or several.  [default: linf, or the attack's own]"
+)
 @click.option("--eps", help="ε such as 8/255 or 0.1,0.2.  [default: the dataset's list]")
 @click.option("--setting", help="whitebox, adaptive, transfer, blackbox.")
 @click.option(

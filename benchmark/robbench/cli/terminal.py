@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,9 +106,9 @@ class Console:
             self.out.print(text, style="cyan", markup=False)
             self.out.print(_lines(same))
             for row in same:
-                if row.record and (stages := tables.broken_by(row.record)):
-                    eps = format_eps(row.cell.threat.eps)
-                    self.out.print(f"  at {eps} broken by {stages}", style="dim", markup=False)
+                for remark in tables.remarks(row.record) if row.record else ():
+                    text = textwrap.fill(remark, 78, initial_indent="  ", subsequent_indent="    ")
+                    self.out.print(text, style="dim", markup=False)
 
 
 def _safe(text: str) -> str:
