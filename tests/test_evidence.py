@@ -101,6 +101,18 @@ def test_queries_run_out_at_the_limit_and_the_best_point_asked_is_handed_in(netw
     assert broken < clean
 
 
+@pytest.mark.parametrize("spec", ["square", "spsa(steps=2, samples=4)", "local-search"])
+def test_every_search_can_be_cut_short(spec, network, digits):
+    norm = "l0" if spec == "local-search" else "linf"
+    attack, threat = Configured.of(spec), Threat(norm=norm, eps=None if norm == "l0" else "0.2")
+    for limit in (1, 30):
+        access = access_to(network, gradients=False)
+        rng = torch.Generator().manual_seed(0)
+        found = within_limit(attack, access, digits.x, digits.y, threat, rng, limit)
+        assert access.cost.queries <= limit * len(digits.y)
+        assert found.shape == digits.x.shape
+
+
 def test_the_best_point_is_the_one_of_the_largest_margin_within_the_ball(network, digits):
     x, y = digits.x[:1], digits.y[:1]
     metered = Metered(access_to(network), x, y, Threat(eps="0.1"), 6)

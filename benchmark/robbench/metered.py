@@ -51,6 +51,8 @@ class Metered(Access):
 
     def _remember(self, x: Tensor, margins: Tensor) -> None:
         """The best of the points (B, C, H, W) that were just asked, if it is a better one."""
+        if not len(x):
+            return
         lengths = distance(x, self.x.expand_as(x), self.threat.norm).to(margins)
         inside = within(lengths, self.threat) & ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
         value = margins
