@@ -243,7 +243,7 @@ def compose(
     if not stochastic and not detector and budget != "smoke":
         stages.append(Stage("fab(targets=9)"))
     if stochastic and budget == "thorough":
-        stages.append(Stage(f"saa(draws={means.frozen})"))
+        stages.append(frozen(budget))
     search = ", loss=evasion" if detector else ""  # the margin alone says nothing of a detector
     stages.append(Stage(f"square(queries={means.queries}{search})"))
     return distinct(stages)
@@ -262,5 +262,7 @@ def frozen(budget: Budget) -> Stage:
     """Fixed draws of a stochastic defense under every attack of AutoAttack, in a smoke test under
     its first alone."""
     means = MEANS[budget]
-    attack = ", attack='apgd(loss=margin, steps=20)'" if budget == "smoke" else ""
-    return Stage(f"saa(draws={means.frozen}{attack})")
+    attack = f"autoattack(queries={means.queries})"
+    if budget == "smoke":
+        attack = f"apgd(loss=margin, steps={means.steps})"
+    return Stage(f"saa(attack={attack}, draws={means.frozen})")
