@@ -267,8 +267,13 @@ def test_the_own_losses_come_first():
         ("pgd-at", "adversarial", []),
         ("standard(detector=lid, fpr=0.01)", "undetected", ["standard"]),
         ("smoothing(base=pgd-at, epochs=0)", "twin", ["standard"]),
-        ("enresnet", "type-ii", ["enresnet(network=resnet20)"]),
-        ("random-resize-pad", "type-ii", ["random-resize-pad(base=standard(network=resnet20))"]),
+        ("enresnet(network=resnet20)", "type-ii", ["enresnet(network=resnet32)"]),
+        ("enresnet", "type-ii", ["enresnet(network=resnet20(width=8))"]),
+        (
+            "random-resize-pad",
+            "type-ii",
+            ["random-resize-pad(base=standard(network=resnet20(width=8)))"],
+        ),
     ],
 )
 def test_siblings_stand_in_their_relation(text, relation, found):

@@ -92,15 +92,13 @@ def _adversarial(spec: Spec, dataset: str) -> Iterator[Spec]:
 
 
 def _type_i(spec: Spec, dataset: str) -> Iterator[Spec]:
-    network = other_network(network_of(resolve(spec)[0]))
+    network = other_networks(network_of(resolve(spec)[0]))[0]
     yield with_preset(f"standard(network={network})", "quick", dataset)
 
 
 def _type_ii(spec: Spec, dataset: str) -> Iterator[Spec]:
     here = network_of(resolve(spec)[0])
-    for network in (other_network(here), *OTHERS):
-        if Spec.parse(network).name == Spec.parse(here).name:
-            continue
+    for network in other_networks(here):
         there = _each(spec, lambda part, network=network: _on(part.spec, network))  # type: ignore[misc]
         if _fits(there):
             yield there
@@ -144,15 +142,20 @@ def network_of(defense: Defense) -> str:
     return network_of(bases[0]) if defense.wraps and bases else defense.network
 
 
-def other_network(network: str) -> str:
-    """A network of another kind that suits the same images."""
+def other_networks(network: str) -> tuple[str, ...]:
+    """Other networks that suit the same images, of another kind first."""
     name = Spec.parse(network).name
     if name in ("mlp", "lstm"):
-        return "quick"
-    return "mlp" if name == "quick" else "resnet20" if name == "vgg16" else "vgg16"
+        return ("quick",)
+    if name == "quick":
+        return "mlp", "resnet20(width=8)"
+    return (
+        ("resnet20",)
+        if name == "vgg16"
+        else ("vgg16", "resnet32" if name != "resnet32" else "resnet20")
+    )
 
 
-OTHERS = ("resnet20", "vgg16", "mlp")  # what a defense may fit that does not fit the first
 RELATIONS: dict[str, Callable[[Spec, str], Iterator[Spec]]] = {
     "noise-off": _noise_off,
     "undetected": _undetected,
