@@ -53,3 +53,9 @@ def classifier() -> Callable[[nn.Module], nn.Module]:
         return network.eval()
 
     return trained
+
+
+@pytest.fixture(scope="session")
+def network(classifier: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """One of these, smooth, whose weights nothing changes any more."""
+    return classifier(nn.Tanh()).requires_grad_(False)

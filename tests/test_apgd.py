@@ -30,11 +30,6 @@ def digits():
     return datasets.load("digits").subset(48)
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
 def access_to(*members, rule=None, per_call=1, **options):
     deployed = Deployed(nn.ModuleList(members), rule or MeanLogits(), SHAPE, 10, per_call)
     return Access(deployed, **options)

@@ -38,11 +38,6 @@ FORMS = pytest.mark.parametrize("form", ["clipped", "tanh", "released"])
 
 
 @pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
 def digits(network):
     """Images that the network has right, and their labels."""
     subset = datasets.load("digits").subset(24)

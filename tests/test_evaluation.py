@@ -53,11 +53,6 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh())
-
-
-@pytest.fixture(scope="module")
 def linear():
     """Two pixels, two labels: label 0 exactly where the first pixel is the brighter one."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False)).eval()

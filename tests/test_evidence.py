@@ -26,11 +26,6 @@ def digits():
     return datasets.load("digits").subset(24)
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
 class Noise(nn.Module):
     """Gaussian noise on the gradient alone: the answer does not change, its derivative does."""
 

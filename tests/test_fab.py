@@ -43,11 +43,6 @@ class Noise(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
 def digits():
     subset = datasets.load("digits").subset(32)
     return subset.x, subset.y

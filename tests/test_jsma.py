@@ -29,11 +29,6 @@ def digits():
     return subset.x, subset.y
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh())
-
-
 def access_to(*members, rule=None, shape=SHAPE, labels=10, **options):
     deployed = Deployed(nn.ModuleList(members), rule or MeanLogits(), shape, labels)
     return Access(deployed, **options)

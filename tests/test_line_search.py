@@ -54,11 +54,6 @@ class Constant(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
 def digits():
     subset = datasets.load("digits").subset(40)
     return subset.x, subset.y

@@ -26,11 +26,6 @@ def digits():
     return datasets.load("digits").subset(32)
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
 def craft(spec, network, x, y, threat):
     access = Access(Deployed(nn.ModuleList([network]), MeanLogits(), SHAPE, 10), knows=False)
     return Configured.of(spec)(access, x, y, threat, torch.Generator().manual_seed(0))

@@ -44,11 +44,6 @@ def digits():
     return datasets.load("digits")
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh())
-
-
 @pytest.fixture
 def shared(digits, network, tmp_path):
     """Three models of the caller: deterministic, random, and with buffers that could change."""

@@ -28,11 +28,6 @@ def digits():
     return subset.x, subset.y
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh())
-
-
 def access_to(*members, labels=10, **options):
     deployed = Deployed(nn.ModuleList(members), MeanLogits(), SHAPE, labels)
     return Access(deployed, gradients=False, **options)

@@ -36,11 +36,6 @@ def digits():
     return datasets.load("digits").subset(40)
 
 
-@pytest.fixture(scope="module")
-def network(classifier):
-    return classifier(nn.Tanh()).requires_grad_(False)
-
-
 class Noise(nn.Module):
     def forward(self, x):
         return x + 0.2 * torch.randn_like(x)
