@@ -360,3 +360,17 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
     (tmp_path / "picture.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match="cannot read the grid"):
         read_blocks(tmp_path / "picture.yaml")
+
+
+def test_a_block_says_what_a_defense_has_not():
+    data = datasets.load("digits")
+    block = Block(defense="adp, standard", attack="pgd", setting="transfer",
+                  oracle="noise-off, members", eps="0.1", n=4)  # fmt: skip
+    assert {cell.defense for cell in block.cells(data)} == {"adp"}
+    assert block.left_out == [
+        "adp has no noise-off", "standard has no noise-off", "standard has no members"
+    ]  # fmt: skip
+    block = Block(defense="ito, pgd-at", attack="pgd", goal="error, denial", eps="0.1", n=4)
+    assert list(block.cells(data))
+    assert block.left_out == ["pgd-at always answers, so that it has no denial"]
+    assert "pgd-at is deterministic" in block.reasons[-1]

@@ -21,7 +21,7 @@ from robbench.deployed import Deployed
 from robbench.environment import choose_device
 from robbench.errors import InputError
 from robbench.executors import measure
-from robbench.grid import MODEL, NOTHING, Block, Cell, invalid
+from robbench.grid import MODEL, Block, Cell, invalid, nothing
 from robbench.records import Record, Store
 from robbench.rules import Loss, MeanProbabilities, Rule
 from robbench.runner import Shared
@@ -196,7 +196,7 @@ def evaluate(
         raise InputError("; ".join(invalid(error))) from None
     cells = list(dict.fromkeys(block.cells(data, preset, models)))
     if not cells:
-        raise InputError(NOTHING)
+        raise nothing([block])
     store = None if out is None else Store(Path(out))
     if store:
         store.check_writable()

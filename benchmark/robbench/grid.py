@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -40,11 +40,6 @@ Kind = Literal["whitebox", "adaptive", "transfer", "blackbox"]
 KINDS: tuple[Kind, ...] = ("whitebox", "adaptive", "transfer", "blackbox")
 EOT = 20
 Draws = int | Literal["auto"]
-NOTHING = (
-    "nothing to run: a deterministic defense without a loss of its own has no adaptive cell (it"
-    " equals whitebox), an oracle is not transferred to itself, not every defense has siblings of"
-    " every kind, and only one that may give no answer can be denied"
-)
 MODEL = "model:"  # begins the name of a model of the caller, which no registry knows
 
 
@@ -268,6 +263,18 @@ class Block(BaseModel):
     train_seed: Listed[int] = [0]
     seed: Listed[int] = [0]
     _place: str = PrivateAttr("")  # the file it was read from, for what only a dataset can tell
+    _equal: dict[str, None] = PrivateAttr(default_factory=dict)  # why cells would be others again
+    _without: dict[str, None] = PrivateAttr(default_factory=dict)  # why there are none of a kind
+
+    @property
+    def left_out(self) -> list[str]:
+        """What was asked for and some defense has not, once the cells are made."""
+        return list(self._without)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why combinations gave no cell, once the cells are made."""
+        return [*self._without, *self._equal]
 
     @model_validator(mode="after")
     def _possible(self) -> Block:
@@ -365,11 +372,13 @@ class Block(BaseModel):
                 known(each)
                 for text in self.oracle
                 for each in (
-                    _related(text, target.text, dataset.name) if text in RELATIONS else listed(text)
+                    self._related(text, target.text, dataset.name)
+                    if text in RELATIONS
+                    else listed(text)
                 )
             ]
             oracles = list({oracle.text: oracle for oracle in related}.values())
-            for setting in self._settings(attack, target, oracles):
+            for setting in self._settings(attack, target, oracles, dataset.name):
                 for threat in self._threats(attack, dataset, target):
                     for train_seed, seed in itertools.product(self.train_seed, self.seed):
                         cell = Cell(
@@ -391,8 +400,15 @@ class Block(BaseModel):
                             cell = cell.model_copy(update={"setting": changed})
                         yield cell
 
+    def _related(self, text: str, target: str, dataset: str) -> list[str]:
+        """The oracles in a relation to one target."""
+        found = [] if target.startswith(MODEL) else siblings(target, dataset, text)
+        if not found:
+            self._without[f"{defenses.shown(target, dataset)} has no {text}"] = None
+        return found
+
     def _settings(
-        self, attack: Configured, target: _Target, oracles: Sequence[_Target]
+        self, attack: Configured, target: _Target, oracles: Sequence[_Target], dataset: str
     ) -> Iterator[Setting]:
         queries = attack.entry.needs != "gradients"
         default: list[Kind] = ["blackbox"] if queries else ["whitebox", "adaptive"]
@@ -404,7 +420,9 @@ class Block(BaseModel):
         for kind in self.setting or default:
             if kind == "transfer":
                 for oracle in oracles:
-                    if oracle.text != target.text:
+                    if oracle.text == target.text:
+                        self._equal["an oracle is not transferred to itself"] = None
+                    else:
                         eot = draws if oracle.stochastic else 1
                         yield Setting(
                             kind=kind, oracle=oracle.text, oracle_version=oracle.version, eot=eot
@@ -413,6 +431,12 @@ class Block(BaseModel):
                 if target.adaptive or attack.entry.suite:
                     eot = draws if target.stochastic else 1
                     yield Setting(kind=kind, eot=eot)
+                else:
+                    name = defenses.shown(target.text, dataset)
+                    self._equal[
+                        f"{name} is deterministic and has no loss of its own: its adaptive cell"
+                        " equals whitebox"
+                    ] = None
             else:
                 yield Setting(kind=kind, queries=self.max_queries if kind == "blackbox" else None)
 
@@ -423,6 +447,9 @@ class Block(BaseModel):
                 f"target = {self.target}, but labels of {dataset.name} are 0 to {labels - 1}"
             )
         goals = [goal for goal in self.goal if goal == "error" or target.abstains]
+        if len(goals) < len(self.goal):
+            name = defenses.shown(target.text, dataset.name)
+            self._without[f"{name} always answers, so that it has no denial"] = None
         for norm, goal in itertools.product(self._norms(attack.entry), goals):
             for eps in self._eps(norm, dataset):
                 yield Threat(norm=norm, eps=eps, target=self.target, goal=goal)
@@ -469,9 +496,10 @@ class _Target(BaseModel):
         )
 
 
-def _related(text: str, target: str, dataset: str) -> list[str]:
-    """The oracles in a relation to one target."""
-    return [] if target.startswith(MODEL) else siblings(target, dataset, text)
+def nothing(blocks: Iterable[Block]) -> InputError:
+    """What to say where blocks made no cell at all."""
+    reasons = dict.fromkeys(reason for block in blocks for reason in block.reasons)
+    return InputError(f"nothing to run: {'; '.join(reasons)}")
 
 
 def read_blocks(path: Path) -> list[Block]:

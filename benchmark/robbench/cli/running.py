@@ -95,13 +95,17 @@ def run_command(**options: Any) -> None:
 
     shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
     cells = _cells(blocks, options)
+    silent = options["quiet"] or options["as_json"]
+    for reason in dict.fromkeys(reason for block in blocks for reason in block.left_out):
+        if not silent:
+            click.echo(f"left out: {reason}", err=True)
     store = Store(options["out"])
     store.check_writable()
     known = {cell.id: store.get(cell) for cell in cells}
     missing = [cell for cell in cells if known[cell.id] is None]
     if missing:
         check_installation()
-    console = Console(quiet=options["quiet"] or options["as_json"])
+    console = Console(quiet=silent)
     workers = options["workers"] or os.cpu_count() or 1
     with console.progress(missing, shared) as progress:
         for record in measure(
@@ -154,7 +158,7 @@ def _check_options() -> None:
 def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
     """All cells in reading order, each once."""
     from robbench import registry
-    from robbench.grid import NOTHING
+    from robbench.grid import nothing
 
     cells: dict[str, Cell] = {}
     for block in blocks:
@@ -162,7 +166,7 @@ def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
         for cell in block.cells(dataset, options["preset"]):
             cells.setdefault(cell.id, cell)
     if not cells:
-        raise InputError(NOTHING)
+        raise nothing(blocks)
     return list(cells.values())
 
 
