@@ -187,14 +187,6 @@ def test_balanced_gradients_count_every_member_alike(network, digits):
     torch.testing.assert_close(step.gradient, 2 * unit, rtol=1e-3, atol=1e-4)
 
 
-def test_the_jacobian_is_that_of_autograd(network, digits):
-    scores, gradients = access_to(network).jacobian(digits.x[:3])
-    expected = torch.autograd.functional.jacobian(network, digits.x[:3])
-    for index in range(3):
-        torch.testing.assert_close(gradients[index], expected[index, :, index])
-    torch.testing.assert_close(scores, network(digits.x[:3]))
-
-
 def test_denial_is_reached_by_no_answer(network, digits):
     members = [Coin(network, 4.0) for _ in range(3)]
     shares = []

@@ -173,32 +173,6 @@ class Access(nn.Module):
         """The draws by calls of the whole defense; too few for one stand for one."""
         return split(draw, self.deployed.draws)
 
-    def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, L) scores over fresh draws, and (N, L, C, H, W) the gradient of each by x."""
-        self._check_gradients()
-
-        def run() -> tuple[Tensor, Tensor]:
-            size = max(1, self.deployed.chunk // self.draws)
-            scores, gradients = zip(*(self._jacobian(xs) for xs in x.split(size)), strict=True)
-            return torch.cat(scores), torch.cat(gradients)
-
-        return self.deployed.retried(run)
-
-    def _jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        self.count(len(x), self.draws)
-        scores = self.deployed.rule.scores(self.deployed.sample(x, self.draws))
-        rows = []
-        for label in range(scores.shape[1]):
-            self.count(len(x), self.draws, backwards=True)
-            (row,) = torch.autograd.grad(scores[:, label].sum(), x, retain_graph=True)
-            rows.append(row)
-        return scores.detach(), torch.stack(rows, dim=1)
-
-    def _check_gradients(self) -> None:
-        if not self.gradients:
-            raise RuntimeError("the setting blackbox gives no gradients, only answers to queries")
-
     def gradient(
         self,
         x: Tensor,
@@ -215,7 +189,8 @@ class Access(nn.Module):
         before they are added, so that no member's steepness hides the others.
         RuntimeError where the setting gives no gradients.
         """
-        self._check_gradients()
+        if not self.gradients:
+            raise RuntimeError("the setting blackbox gives no gradients, only answers to queries")
 
         def run() -> Step:
             parts = [

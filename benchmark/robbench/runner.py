@@ -141,9 +141,7 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
     access = _access(first, source, subset, shared)
     access.report = progress
     access.stages = _stages(first, access, shared)
-    threat = first.threat
-    if attack.entry.minimal:
-        threat = threat.model_copy(update={"eps": None})
+    threat = attack.given(first.threat)
     started = time.perf_counter()
     seed = derive(first.seed, first.attack_key(), shard, "attack")
     with sandboxed(source.deployed, seed):
@@ -185,8 +183,8 @@ def _access(cell: Cell, source: Trained, subset: Subset, shared: Shared) -> Acce
     else:
         return Access(deployed, losses=source.losses, knows=False, goal=goal)
     if setting.eot == "auto":
-        threat = cell.threat
-        if threat.eps is None or Configured.of(cell.attack).entry.minimal:
+        threat = Configured.of(cell.attack).given(cell.threat)
+        if threat.eps is None:
             # one of a group of cells must not decide for the others: the dataset does
             budgets = shared.dataset(cell.dataset).eps.get(threat.norm)
             if not budgets:

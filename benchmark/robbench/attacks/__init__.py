@@ -120,6 +120,10 @@ class Configured:
         settings = tuple(sorted(canonical.items()))
         return cls(entry, Spec(name=entry.name, settings=settings), dict(given))
 
+    def given(self, threat: Threat) -> Threat:
+        """The threat as the attack gets it: a search for the smallest change has no ε."""
+        return threat.model_copy(update={"eps": None}) if self.entry.minimal else threat
+
     @property
     def version(self) -> int:
         """That of the attack, raised with those of the attacks that it is made of."""
@@ -183,3 +187,13 @@ def choose_targets(
     target = torch.full_like(y, threat.target)
     # an image of the target class has nothing to reach: it takes the next label
     return torch.where(target == y, (target + 1) % labels, target)
+
+
+def picked(labels: Tensor | None, ids: Tensor) -> Tensor | None:
+    """The labels of these images, if there are labels."""
+    return None if labels is None else labels[ids]
+
+
+def column(values: Tensor, images: Tensor) -> Tensor:
+    """(N,) numbers as (N, 1, 1, 1), to go with images."""
+    return values.view(-1, *[1] * (images.dim() - 1))

@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
-from robbench.attacks.gradient import Steps, Trace, column, radius, select
+from robbench.attacks import attack, choose_targets, column, picked
+from robbench.attacks.gradient import Steps, Trace, radius, select
 from robbench.attacks.losses import Towards, choose
 from robbench.errors import InputError
 from robbench.metrics import LOST
@@ -80,8 +80,8 @@ def apgd(
         else:
             outer = RADII[0][0] if threat.norm == "l1" else 1
             here = surface_start(images, threat.norm, outer * radius(threat), rng)
-        found = climb(images, labels, None if label is None else label[going], here, trace, going)
-        goal = None if aim is None else aim[going]
+        found = climb(images, labels, picked(label, going), here, trace, going)
+        goal = picked(aim, going)
         pool = [best[going], *found]
         chosen, which, verdict = select(access, pool, labels, goal, judged, CALLS)
         best[going] = chosen

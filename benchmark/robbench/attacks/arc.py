@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, column, picked
 from robbench.attacks.deepfool import difference, nearest
 from robbench.attacks.gradient import Steps, Trace, worst_of
 from robbench.attacks.losses import ScoreLoss, choose, margin
@@ -121,14 +121,14 @@ class _Walk:
             there = project(center + move, self.x[images], self.norm, self.eps)
             set_random_state(self.access.device, state)
             share = self._fooled(there, images)
-            kept = (share >= fooled).view(-1, 1, 1, 1)
+            kept = column(share >= fooled, point)
             point, local = torch.where(kept, there, point), torch.where(kept, move, local)
             fooled = torch.maximum(fooled, share)
         return point, fooled
 
     def _fooled(self, points: Tensor, images: Tensor) -> Tensor:
         """(N,) share of members, and of their draws, that the points fool: 1 - accuracy."""
-        aim = None if self.target is None else self.target[images]
+        aim = picked(self.target, images)
         loss = Member(0, margin)  # any will do: only the votes count
         return self.access.judge(points, self.y[images], loss, aim, self.access.draws).votes
 
@@ -156,11 +156,11 @@ class _Walk:
         reachable = (self.step - whole).clamp_min(1e-12)
         push = (self.step / reachable * missing).clamp_min(0) + BEYOND * self.eps
         push = torch.where(whole < self.step, push, self.step)
-        moved = local + push.view(-1, 1, 1, 1) * ascend(plane.slope, point, self.norm)
+        moved = local + column(push, local) * ascend(plane.slope, point, self.norm)
         order = math.inf if self.norm == "linf" else 2
         length = torch.linalg.vector_norm(moved, ord=order, dim=(1, 2, 3), keepdim=True)
         moved = moved * (self.step / length.clamp_min(1e-30))
-        return torch.where((plane.gap > 0).view(-1, 1, 1, 1), local, moved)
+        return torch.where(column(plane.gap > 0, local), local, moved)
 
     def _sought(
         self, index: int, images: Tensor, light: bool

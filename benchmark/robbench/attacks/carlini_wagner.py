@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access, Step
-from robbench.attacks import attack, attacked_label, choose_targets
+from robbench.attacks import attack, attacked_label, choose_targets, column, picked
 from robbench.attacks.gradient import Label, Steps, Trace
 from robbench.attacks.losses import choose
 from robbench.rules import Loss
@@ -134,7 +134,7 @@ class Problem:
         return (value >= self.confidence) | (self.confidence == 0)
 
     def _aim(self, images: Tensor) -> Tensor | None:
-        return None if self.target is None else self.target[images]
+        return picked(self.target, images)
 
 
 class Found:
@@ -241,8 +241,3 @@ def slope(w: Tensor) -> Tensor:
 def squared(delta: Tensor) -> Tensor:
     """(n,) squared l2 norms."""
     return delta.flatten(1).square().sum(dim=1)
-
-
-def column(values: Tensor, images: Tensor) -> Tensor:
-    """(n,) values that multiply whole images."""
-    return values.view(-1, *[1] * (images.dim() - 1))

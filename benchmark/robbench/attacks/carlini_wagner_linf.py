@@ -9,13 +9,12 @@ import torch
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, attacked_label, choose_targets
+from robbench.attacks import attack, attacked_label, choose_targets, column
 from robbench.attacks.carlini_wagner import (
     Adam,
     Margin,
     Positive,
     Problem,
-    column,
     slope,
     squared,
     to_w,

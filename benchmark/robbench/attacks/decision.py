@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, column, picked
 from robbench.attacks.losses import choose
 from robbench.errors import InputError
 from robbench.randomness import sandboxed
@@ -67,7 +67,7 @@ def hopskipjump(
         return best
     walk = _Walk(answers, x, active, threat.norm, rng)
     point, sure = walk.to_boundary(start[active])
-    point = torch.where(_column(sure, point), point, start[active])
+    point = torch.where(column(sure, point), point, start[active])
     best[active], shortest = point, distance(point, x[active], threat.norm)
     for step in range(1, steps + 1):
         probes = min(int(evaluations * math.sqrt(step)), most)
@@ -142,7 +142,7 @@ class _Answers:
 
     def lost(self, x: Tensor, index: Tensor) -> Tensor:
         """(M,) bool for points (M, C, H, W) that belong to these images (M,)."""
-        aim = None if self.target is None else self.target[index]
+        aim = picked(self.target, index)
         return self.access.judge(x, self.y[index], _no_loss, aim, self.draws).lost > 0.5
 
 
@@ -193,11 +193,11 @@ def _bisect(
 
 
 def _straight(kept: Tensor, lost: Tensor, share: Tensor) -> Tensor:
-    return torch.lerp(kept, lost, _column(share, kept))
+    return torch.lerp(kept, lost, column(share, kept))
 
 
 def _clipped(kept: Tensor, lost: Tensor, share: Tensor) -> Tensor:
-    radius = _column(share * (lost - kept).abs().amax(dim=(1, 2, 3)), kept)
+    radius = column(share * (lost - kept).abs().amax(dim=(1, 2, 3)), kept)
     return lost.clamp(kept - radius, kept + radius)
 
 
@@ -235,12 +235,12 @@ class _Walk:
             left = (~reached).nonzero()[:, 0]
             if not len(left):
                 break
-            far = (point + _column(stride, point) * direction)[left].clamp(0, 1)
+            far = (point + column(stride, point) * direction)[left].clamp(0, 1)
             hit = self.answers.lost(far, self.active[left])
             outside[left[hit]], reached[left[hit]] = far[hit], True
             stride = torch.where(reached, stride, stride / 2)
         near, sure = self.to_boundary(outside)
-        return torch.where(_column(sure, near), near, point)
+        return torch.where(column(sure, near), near, point)
 
     def _normal(self, point: Tensor, radius: Tensor, probes: int) -> Tensor:
         """The mean probe, weighted by its answer (±1) less the mean answer, equation 16."""
@@ -251,15 +251,15 @@ class _Walk:
             count = min(size, probes - first)
             probe = torch.randn(count, *point.shape, generator=self.rng).to(point)
             probe /= probe.flatten(2).norm(dim=2).clamp_min(1e-30).view(count, -1, 1, 1, 1)
-            moved = (point + _column(radius, point) * probe).clamp(0, 1)
-            probe = (moved - point) / _column(radius, point)
+            moved = (point + column(radius, point) * probe).clamp(0, 1)
+            probe = (moved - point) / column(radius, point)
             hit = self.answers.lost(moved.flatten(0, 1), self.active.repeat(count))
             sign = hit.view(count, -1).to(point) * 2 - 1
             weighted += (probe * sign[..., None, None, None]).sum(dim=0)
             total += probe.sum(dim=0)
             answer += sign.sum(dim=0)
         mean = (answer / probes).masked_fill(answer.abs() == probes, 0)  # all agree: no baseline
-        return (weighted - _column(mean, point) * total) / probes
+        return (weighted - column(mean, point) * total) / probes
 
 
 def _climbs(answers: _Answers, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -273,7 +273,7 @@ def _climbs(answers: _Answers, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         if not len(missing):
             break
         eps, start, now = boxes[ball] / 2**halvings, x[missing], x[missing]
-        aim = None if answers.target is None else answers.target[missing]
+        aim = picked(answers.target, missing)
         for _ in range(20):
             step = access.gradient(now, answers.y[missing], loss, aim)
             now = project(now + eps / 8 * ascend(step.gradient, now, ball), start, ball, eps)
@@ -323,8 +323,8 @@ def _confirmed(
         return best
     shortest = torch.full((len(active),), math.inf, device=x.device, dtype=torch.float64)
     end, sound = point[active].clamp(0, 1), answers.lost(point[active].clamp(0, 1), active)
-    column = _column(sound, end)
-    inner, outer = torch.where(column, x[active], end), torch.where(column, end, start[active])
+    wide = column(sound, end)
+    inner, outer = torch.where(wide, x[active], end), torch.where(wide, end, start[active])
     between, sure = _bisect(answers, inner, outer, active, _straight, 10)
     confirmed = answers.lost(start[active], active), answers.lost(end, active), sure
     for candidate, good in zip((start[active], end, between), confirmed, strict=True):
@@ -333,7 +333,3 @@ def _confirmed(
         best[active[nearer]] = candidate[nearer]
         shortest = torch.where(nearer, length, shortest)
     return best
-
-
-def _column(values: Tensor, images: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (images.dim() - 1))

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, picked
 from robbench.attacks.gradient import Steps, Trace
 from robbench.attacks.losses import margin
 from robbench.attacks.success import broken
@@ -55,7 +55,7 @@ def deepfool(
         if not len(active):
             break
         start, label = x[active], y[active]
-        aim = None if target is None else target[active]
+        aim = picked(target, active)
         here = (start + total[active]).clamp(0, 1)
         plane = nearest(access, here, label, [r[active] for r in rivals], loss, threat.norm)
         trace.note(step, active, plane.gap, plane.slope)
@@ -81,7 +81,7 @@ def _trimmed(
 ) -> Tensor:
     """The points found, with as little of the overshoot as is needed, by bisection."""
     images = torch.nonzero((found != x).flatten(1).any(dim=1))[:, 0]
-    aim = None if target is None else target[images]
+    aim = picked(target, images)
     needed = torch.full((len(images), 1, 1, 1), overshoot).to(x)
     step = overshoot
     for _ in range(TRIMS if len(images) else 0):

@@ -7,14 +7,13 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, attacked_label, choose_targets
+from robbench.attacks import attack, attacked_label, choose_targets, column
 from robbench.attacks.carlini_wagner import (
     Found,
     Margin,
     Patience,
     Positive,
     Problem,
-    column,
     find_smallest,
     squared,
 )

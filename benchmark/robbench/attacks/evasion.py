@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, column, picked
 from robbench.attacks.apgd import likeliest, remaining
-from robbench.attacks.gradient import Steps, Trace, column, radius, select
+from robbench.attacks.gradient import Steps, Trace, radius, select
 from robbench.attacks.losses import Towards, choose, margin
 from robbench.rules import Draw, Rule, Vote
 from robbench.threat import Eps, Norm, Threat, ascend, project, random_start
@@ -237,11 +237,6 @@ class _Balance:
 
 def _rank(value: Tensor, lost: Tensor) -> Tensor:
     return torch.maximum((value > 0).float(), WON * (lost > 0.5))
-
-
-def picked(labels: Tensor | None, ids: Tensor) -> Tensor | None:
-    """The labels of these images, if there are labels."""
-    return None if labels is None else labels[ids]
 
 
 def pursue(

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, picked
 from robbench.attacks.deepfool import boundaries, nearest
 from robbench.attacks.gradient import Steps, Trace
 from robbench.attacks.losses import margin
@@ -103,7 +103,7 @@ class _Hunt:
         return margin(self.access.scores(points), self.y[images], self._aim(images))
 
     def _aim(self, images: Tensor) -> Tensor | None:
-        return None if self.target is None else self.target[images]
+        return picked(self.target, images)
 
     def random_start(self, radius: float, rng: Generator) -> Tensor:
         """Uniform in half the ball of the best point, at most in the radius."""

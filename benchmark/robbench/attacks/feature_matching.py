@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
-from robbench.attacks.evasion import NORMS, WON, Look, Push, picked, pursue
+from robbench.attacks import attack, choose_targets, picked
+from robbench.attacks.evasion import NORMS, WON, Look, Push, pursue
 from robbench.attacks.gradient import Steps
 from robbench.attacks.losses import Towards, margin
 from robbench.errors import InputError

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access, Verdict
-from robbench.attacks import attack, attacked_label, choose_targets
+from robbench.attacks import attack, attacked_label, choose_targets, column, picked
 from robbench.attacks.losses import Towards, choose
 from robbench.randomness import random_state, set_random_state
 from robbench.rules import Loss
@@ -295,11 +295,6 @@ def select(
     return best, winner, verdict
 
 
-def column(flags: Tensor, images: Tensor) -> Tensor:
-    """(N,) numbers as (N, 1, 1, 1), to go with images."""
-    return flags.view(-1, *[1] * (images.dim() - 1))
-
-
 class _Loop:
     """One climb of the loss from a start, and the trace of the last one."""
 
@@ -328,7 +323,7 @@ class _Loop:
         active = torch.arange(len(start), device=start.device)
         for step in range(plan.steps):
             here = current[active]
-            aim = None if self.target is None else self.target[active]
+            aim = picked(self.target, active)
             value, gradient, lost = access.gradient(here, self.y[active], self.loss, aim)
             self.trace.note(step, active, value, gradient)
             access.report(restart * plan.steps + step + 1, plan.restarts * plan.steps)
@@ -367,7 +362,7 @@ class _Loop:
         """The last iterate was never evaluated: one more pass says whether it is the best."""
         if not len(active):
             return best[active]
-        aim = None if self.target is None else self.target[active]
+        aim = picked(self.target, active)
         end = self.access.judge(current[active], self.y[active], self.loss, aim, 1)
         before = Verdict(best_lost[active], end.votes, best_loss[active])
         better = end.worse_than(before)

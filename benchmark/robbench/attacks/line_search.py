@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, picked
 from robbench.attacks.gradient import Trace
 from robbench.attacks.losses import choose
 from robbench.attacks.success import broken
@@ -48,7 +48,7 @@ def line_search(
     active = torch.nonzero(~broken(access, x, y, target))[:, 0]
     if not len(active):
         return found
-    start, label, aim = x[active], y[active], None if target is None else target[active]
+    start, label, aim = x[active], y[active], picked(target, active)
     value, gradient, _ = access.gradient(start, label, objective, aim)
     trace = Trace(len(x), 1)
     trace.note(0, active, value, gradient)
@@ -86,7 +86,7 @@ class _Line:
     direction: Tensor
 
     def of(self, images: Tensor) -> _Line:
-        target = None if self.target is None else self.target[images]
+        target = picked(self.target, images)
         parts = self.x[images], self.y[images], target, self.direction[images]
         return _Line(self.access, *parts)
 

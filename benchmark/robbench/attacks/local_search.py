@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, picked
 from robbench.attacks.losses import log_odds
 from robbench.attacks.success import broken
 from robbench.threat import Threat
@@ -67,7 +67,7 @@ def local_search(
     best = x.clone()
     best[won] = found[won]
     if undo and bool(won.any()):
-        aim = None if target is None else target[won]
+        aim = picked(target, won)
         best[won] = _undone(access, best[won], x[won], y[won], aim)
     return best
 
@@ -97,7 +97,7 @@ def single_pixel(
                 return best
             place = order[active, turn][:, None, None].expand(-1, flat.shape[1], 1)
             here = flat[active].scatter(2, place, value).view(-1, *x.shape[1:])
-            lost = broken(access, here, y[active], None if target is None else target[active])
+            lost = broken(access, here, y[active], picked(target, active))
             best[active[lost]] = here[lost]
             active = active[~lost]
         access.report(turn + 1, min(tries, pixels))
@@ -121,14 +121,14 @@ def _walk(
     for turn in range(plan.rounds):
         if not len(active):
             break
-        label, aim = y[active], None if target is None else target[active]
+        label, aim = y[active], picked(target, active)
         awake = near[active] & (rests_until[active] <= turn)
         awake = torch.where(awake.any(dim=1, keepdim=True), awake, near[active])
         most = plan.probes if turn else min(plan.probes, max(1, int(FIRST * near.shape[1])))
-        picked = pick(access, plan, current[active], label, aim, _draw(awake, most, rng))
-        area = picked.view(-1, 1, *x.shape[2:])
+        chosen = pick(access, plan, current[active], label, aim, _draw(awake, most, rng))
+        area = chosen.view(-1, 1, *x.shape[2:])
         current[active] = torch.where(area, cyclic(current[active], plan.r), current[active])
-        rests_until[active] = rests_until[active].masked_fill(picked, turn + 1 + plan.rest)
+        rests_until[active] = rests_until[active].masked_fill(chosen, turn + 1 + plan.rest)
         near[active] = F.max_pool2d(area.float(), 2 * plan.d + 1, 1, plan.d).flatten(1) > 0
         lost = broken(access, current[active], label, aim)
         won[active[lost]] = True
@@ -172,8 +172,8 @@ def pick(
         raise FloatingPointError("the scores of the defense are not numbers")
     gain = (gain if plan.p is None else -gain).masked_fill(~real, -torch.inf)
     top = gain.topk(min(plan.t, count), dim=1)
-    picked = torch.zeros(len(x), pixels, dtype=torch.bool, device=x.device)
-    return picked.scatter_(1, places.gather(1, top.indices), real.gather(1, top.indices))
+    marks = torch.zeros(len(x), pixels, dtype=torch.bool, device=x.device)
+    return marks.scatter_(1, places.gather(1, top.indices), real.gather(1, top.indices))
 
 
 def _undone(access: Access, changed: Tensor, x: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
@@ -186,6 +186,6 @@ def _undone(access: Access, changed: Tensor, x: Tensor, y: Tensor, target: Tenso
         place = order[rows, turn][:, None, None].expand(-1, x.shape[1], 1)
         original = x[rows].flatten(2).gather(2, place)
         trial = current[rows].flatten(2).scatter(2, place, original).view(-1, *x.shape[1:])
-        lost = broken(access, trial, y[rows], None if target is None else target[rows])
+        lost = broken(access, trial, y[rows], picked(target, rows))
         current[rows[lost]] = trial[lost]
     return current

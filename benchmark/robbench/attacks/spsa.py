@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access, Verdict
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, picked
 from robbench.attacks.gradient import radius, worst_of
 from robbench.attacks.losses import choose
 from robbench.randomness import random_state, set_random_state
@@ -52,7 +52,7 @@ def spsa(
     verdict = Verdict(*torch.full((3, len(x)), -torch.inf, device=x.device))
     active = torch.arange(len(x), device=x.device)
     for step in range(steps + 1):
-        aim = None if target is None else target[active]
+        aim = picked(target, active)
         here, label = current[active], y[active]
         new = access.judge(here, label, objective, aim, access.draws)
         better = new.worse_than(Verdict(*(old[active] for old in verdict)))
@@ -62,7 +62,7 @@ def spsa(
         if access.exact:
             going = new.lost < 1
             active, here, label = active[going], here[going], label[going]
-            aim = None if aim is None else aim[going]
+            aim = picked(aim, going)
         if step == steps or not len(active):
             break
         gradient = estimate(access, here, label, aim, objective, samples, delta, rng)

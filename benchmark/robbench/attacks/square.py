@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import attack, choose_targets
+from robbench.attacks import attack, choose_targets, picked
 from robbench.attacks.gradient import worst_of
 from robbench.attacks.losses import choose
 from robbench.errors import InputError
@@ -74,7 +74,7 @@ def square(
         active = active[access.judge(x, y, chosen, target, 1).lost < 1]
     candidates = []
     for restart in range(restarts):
-        aim = None if target is None else target[active]
+        aim = picked(target, active)
         point = point.clone()
         point[active], lost = search.run(x[active], y[active], aim, restart)
         candidates.append(point)
@@ -124,7 +124,7 @@ class _Search:
             new = self.moves.step(x[going], best[going], self._share(step))
             if noisy:
                 set_random_state(access.device, state)
-            aim = None if target is None else target[going]
+            aim = picked(target, going)
             now, gain = self._ask(new, y[going], aim)
             better = gain > value[going]
             if not noisy:  # an answer nearer to the goal counts more than any loss

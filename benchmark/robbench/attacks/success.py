@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from robbench.access import Access
+from robbench.attacks import picked
 from robbench.attacks.losses import margin
 
 DRAWS = 20  # behind a success of a stochastic defense
@@ -23,6 +24,6 @@ def broken(access: Access, x: Tensor, y: Tensor, target: Tensor | None) -> Tenso
     if access.deployed.stochastic and bool(found.any()):
         per_call = access.deployed.draws
         draws = per_call * math.ceil(DRAWS / per_call)
-        aim = None if target is None else target[found]
+        aim = picked(target, found)
         found[found.clone()] = access.judge(x[found], y[found], loss, aim, draws).lost > 0.5
     return found

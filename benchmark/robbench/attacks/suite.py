@@ -16,9 +16,9 @@ import torch
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import Configured, attack
+from robbench.attacks import Configured, attack, column
 from robbench.attacks.apgd import CALLS, enough, remaining
-from robbench.attacks.gradient import Steps, column, select
+from robbench.attacks.gradient import Steps, select
 from robbench.attacks.losses import choose
 from robbench.errors import InputError
 from robbench.registry import Spec
@@ -191,16 +191,12 @@ def one_stage(
     stage: Ready, x: Tensor, y: Tensor, start: Tensor, threat: Threat, rng: Generator
 ) -> Tensor:
     """The points of one stage; x itself where it found none within ε."""
-    if stage.attack.entry.minimal:
-        threat, bound = threat.model_copy(update={"eps": None}), threat
-    else:
-        bound = threat
     stage.access.start = start
     try:
-        found = stage.attack(stage.access, x.clone(), y.clone(), threat, rng)
+        found = stage.attack(stage.access, x.clone(), y.clone(), stage.attack.given(threat), rng)
     finally:
         stage.access.start = None
-    inside = within(distance(found, x, bound.norm), bound)
+    inside = within(distance(found, x, threat.norm), threat)
     return torch.where(column(inside, x), found, x)
 
 
