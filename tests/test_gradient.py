@@ -575,6 +575,8 @@ def test_the_trace_has_five_losses_per_image(steps, network, digits):
         "loss": ((5, 32), np.float16),
         "zero_gradient": ((32,), np.float16),
         "dead": ((32,), np.float16),
+        "lost_seen": ((2, 32), np.float16),
+        "selected_lost": ((32,), np.float16),
         "restart": ((32,), np.uint8),
     }
     with torch.no_grad():

@@ -18,7 +18,7 @@ from robbench.randomness import (
     seed_everything,
     set_random_state,
 )
-from robbench.rules import Draw, Rule
+from robbench.rules import Answer, Draw, Rule, answer
 
 Randomness = Literal["none", "image", "call"]
 PROBES = 16  # a coin tossed in every pass goes unseen once in 30,000 times
@@ -138,20 +138,24 @@ class Deployed(nn.Module):
         return self.retried(run)
 
     def decide(self, x: Tensor, times: int) -> Tensor:
-        """(times, N) labels of independent calls of the whole defense, ABSTAIN = -1.
+        """(times, N) labels of independent calls of the whole defense; see answers."""
+        return self.answers(x, times).label
+
+    def answers(self, x: Tensor, times: int) -> Answer:
+        """Independent calls of the whole defense; each part (times, N).
 
         FloatingPointError where a logit is NaN or +inf: no label follows from it.
         """
         # a call of a vote over many members is one entry: groups bound the logits that are held
         group = max(1, 64 // self.draws)
-        decisions = []
+        answers: list[Answer] = []
         for start in range(0, times, group):
             count = min(group, times - start)
             draw = self.draw(x, count * self.draws)
             if bool((draw.logits.isnan() | draw.logits.isposinf()).any()):
                 raise FloatingPointError("the defense answers with NaN logits")
-            decisions += [self.rule.decide(call) for call in split(draw, self.draws)]
-        return torch.stack(decisions)
+            answers += [answer(self.rule, call) for call in split(draw, self.draws)]
+        return Answer(*map(torch.stack, zip(*answers, strict=True)))
 
     def retried(self, run: Callable[[], Any]) -> Any:
         """run(), again with half as many images at once for as long as the memory is short."""

@@ -25,7 +25,7 @@ from robbench.errors import InputError, unknown
 from robbench.metrics.detection import k_density, lid, log_odds, non_me, threshold
 from robbench.randomness import preserved_random_state, seed_everything
 from robbench.registry import Spec
-from robbench.rules import ABSTAIN, Draw, Loss, Rule
+from robbench.rules import ABSTAIN, Answer, Draw, Loss, Rule, answer
 
 MEDIAN_OF = 100  # references per label that the default bandwidth is measured on
 TAIL = 0.05  # the quantile of clean scores that a union of detectors puts at -1
@@ -282,7 +282,12 @@ class Detected:
         return self.rule.scores(draw)
 
     def decide(self, draw: Draw) -> Tensor:
-        return self.rule.decide(draw).masked_fill(self.excess(draw) < 0, ABSTAIN)
+        return self.answer(draw).label
+
+    def answer(self, draw: Draw) -> Answer:
+        """How sure it is, is how far the detector's score is above the threshold."""
+        inner, excess = answer(self.rule, draw), self.excess(draw)
+        return Answer(inner.label.masked_fill(excess < 0, ABSTAIN), inner.best, excess)
 
     def excess(self, draw: Draw) -> Tensor:
         """(N,) how far the detector's score is above the threshold, differentiable."""

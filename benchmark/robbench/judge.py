@@ -5,6 +5,8 @@ Its x' is checked for shape, finite values, box and ε, and scored on draws that
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from torch import Tensor
 
@@ -52,16 +54,32 @@ def check_trace(trace: dict[str, np.ndarray], n: int) -> None:
             raise Violation(f"the attack left a trace {name!r} that is not (..., {n}) numbers")
 
 
-def score(
-    target: Trained, x: Tensor, y: Tensor, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) uint8 counts of right and of wrong-and-accepted answers in fresh draws."""
+class Outcome(NamedTuple):
+    """What a defense says in fresh draws, per image (N,): uint8 counts of right, of
+    wrong-and-accepted, and of right answers whether refused or not; and how sure it was, float32,
+    the mean over the draws."""
+
+    ok: np.ndarray
+    err: np.ndarray
+    best: np.ndarray
+    score: np.ndarray
+
+
+def score(target: Trained, x: Tensor, y: Tensor, draws: int, seed: int) -> Outcome:
+    """The outcome of so many fresh calls of the whole defense on each image."""
     with preserved_random_state():
         seed_everything(seed)
         try:
-            answers = target.deployed.decide(x.float(), draws)
+            answers = target.deployed.answers(x.float(), draws)
         except FloatingPointError as error:
             raise Violation(str(error)) from None
-    right = (answers == y).sum(dim=0)
-    wrong = ((answers != y) & (answers != ABSTAIN)).sum(dim=0)
-    return right.cpu().numpy().astype(np.uint8), wrong.cpu().numpy().astype(np.uint8)
+
+    def count(what: Tensor) -> np.ndarray:
+        return what.sum(dim=0).cpu().numpy().astype(np.uint8)
+
+    return Outcome(
+        ok=count(answers.label == y),
+        err=count((answers.label != y) & (answers.label != ABSTAIN)),
+        best=count(answers.best == y),
+        score=answers.score.float().mean(dim=0).cpu().numpy(),
+    )

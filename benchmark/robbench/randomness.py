@@ -72,6 +72,15 @@ class _Snapshot:
         self.buffers = {name: b.clone() for name, b in self.module.named_buffers()}
         self.weights = {n: p.detach().clone() for n, p in self.module.named_parameters()}
 
+    def changed(self) -> list[str]:
+        """Sub-modules whose mode is another, buffers and weights that hold other numbers."""
+        tensors = {**self.buffers, **self.weights}
+        now = {**dict(self.module.named_buffers()), **dict(self.module.named_parameters())}
+        return [
+            *(n for n, m in self.module.named_modules() if m.training != self.modes.get(n)),
+            *(n for n, t in tensors.items() if not _same(t, now[n].detach())),
+        ]
+
     def restore(self) -> None:
         for name, module in self.module.named_modules():
             module.training = self.modes.get(name, module.training)
@@ -83,15 +92,22 @@ class _Snapshot:
             parameter.copy_(self.weights[name])
 
 
+def _same(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and bool(torch.equal(before, now))
+
+
 @contextlib.contextmanager
-def sandboxed(module: nn.Module, seed: int) -> Iterator[None]:
-    """Run foreign code: own random streams and working directory, the module as it was before."""
+def sandboxed(module: nn.Module, seed: int) -> Iterator[list[str]]:
+    """Run foreign code: own random streams and working directory, the module as it was before;
+    what of the module the code had changed is in the list afterwards."""
+    changed: list[str] = []
     snapshot, here = _Snapshot(module), Path.cwd()
     with preserved_random_state(), tempfile.TemporaryDirectory() as private:
         seed_everything(seed)
         os.chdir(private)
         try:
-            yield
+            yield changed
         finally:
             os.chdir(here)
+            changed += snapshot.changed()
             snapshot.restore()

@@ -68,7 +68,9 @@ class Record(BaseModel):
 
     draws is r, the fresh scoring draws. ok, err, clean_ok and clean_err (N,) uint8 count draws
     that were right, and wrong but not abstained, on x' and on x. distance (N,) float32 in the
-    cell's norm. A failed cell has a reason and no numbers.
+    cell's norm. best and clean_best count draws whose first label was right, refused or not, and
+    score and clean_score (N,) float32 say how sure the defense was (rules.Answer), on average;
+    older records have none of the four. A failed cell has a reason and no numbers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -83,6 +85,10 @@ class Record(BaseModel):
     clean_ok: Array | None = None
     clean_err: Array | None = None
     distance: Array | None = None
+    best: Array | None = None
+    clean_best: Array | None = None
+    score: Array | None = None
+    clean_score: Array | None = None
     trace: dict[str, Array] = {}
     cost: dict[str, float] = {}
     provenance: dict[str, Any] = {}
@@ -102,6 +108,10 @@ class Record(BaseModel):
                 total += counts
             if (total > self.draws).any():
                 raise ValueError(f"{' + '.join(names)} is more than {self.draws} draws")
+        for name in ("best", "clean_best", "score", "clean_score"):
+            values = getattr(self, name)
+            if values is not None and values.shape != (n,):
+                raise ValueError(f"{name} is not a number for each of {n} images")
         if self.distance is None or self.distance.shape != (n,):
             raise ValueError(f"distance is not a number for each of {n} images")
         return self

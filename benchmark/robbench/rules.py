@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from robbench.metrics.detection import log_odds
+
 ABSTAIN = -1
 
 
@@ -21,6 +23,14 @@ class Draw(NamedTuple):
 
     logits: Tensor  # (S, M, N, L)
     features: Tensor | None = None  # (S, M, N, D), last hidden activations
+
+
+class Answer(NamedTuple):
+    """What a defense says in one call, per image (N,)."""
+
+    label: Tensor  # ABSTAIN for no answer
+    best: Tensor  # the label it would name if it had to
+    score: Tensor  # how sure it is: what refusing by a threshold goes by
 
 
 Loss = Callable[[Draw, Tensor, Tensor | None], Tensor]
@@ -43,6 +53,16 @@ class Rule(Protocol):
     def decide(self, draw: Draw) -> Tensor:
         """(N,) int64 labels, ABSTAIN for no answer."""
         ...
+
+
+def answer(rule: Rule, draw: Draw) -> Answer:
+    """The answer of any rule; one that says nothing of its certainty goes by the log-odds of its
+    scores."""
+    if own := getattr(rule, "answer", None):
+        given: Answer = own(draw)
+        return given
+    scores = rule.scores(draw)
+    return Answer(rule.decide(draw), scores.argmax(dim=1), log_odds(scores))
 
 
 class MeanLogits:
@@ -87,7 +107,8 @@ class Vote(MeanProbabilities):
     nested: each member first settles on the label of most of its draws (a tie is no vote), then
     members vote. majority: the winner needs more than half of all votes (strict=False: at least
     half); else just the most.
-    Ties abstain either way. The vote has no gradient: scores are those of the mean softmax.
+    Ties abstain either way. The vote has no gradient: scores are those of the mean softmax. How
+    sure it is, is the share of the votes for the first label.
     """
 
     nested: bool = False
@@ -99,6 +120,9 @@ class Vote(MeanProbabilities):
         return f"{'nested ' * self.nested}{'majority' if self.majority else 'plurality'} vote"
 
     def decide(self, draw: Draw) -> Tensor:
+        return self.answer(draw).label
+
+    def answer(self, draw: Draw) -> Answer:
         labels = draw.logits.shape[-1]
         ballots = F.one_hot(draw.logits.argmax(dim=-1), labels)  # (S, M, N, L)
         voters = ballots.shape[0] * ballots.shape[1]
@@ -113,7 +137,7 @@ class Vote(MeanProbabilities):
         if self.majority:
             short = 2 * counts.amax(dim=-1) - voters
             winner = winner.masked_fill(short <= 0 if self.strict else short < 0, ABSTAIN)
-        return winner
+        return Answer(winner, counts.argmax(dim=-1), counts.amax(dim=-1) / voters)
 
 
 def _winner(counts: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from robbench.deployed import images_at_once
 from robbench.environment import environment
 from robbench.errors import InputError
 from robbench.grid import Cell
-from robbench.judge import SCORING_DRAWS, Violation, check, check_trace, score
+from robbench.judge import SCORING_DRAWS, Outcome, Violation, check, check_trace, score
 from robbench.metered import within_limit
 from robbench.networks.bpda import declared_backwards
 from robbench.randomness import sandboxed
@@ -56,7 +56,7 @@ class Shared:
     given: dict[str, Dataset] = field(default_factory=dict)
     models: dict[str, Trained] = field(default_factory=dict)
     trained: dict[tuple[str, str, int], Trained] = field(default_factory=dict)
-    clean: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    clean: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
 
     def dataset(self, name: str) -> Dataset:
         return self.given[name] if name in self.given else registry.dataset(name, self.data_dir)
@@ -144,13 +144,15 @@ def _run_shard(cells: Sequence[Cell], shard: int, shared: Shared, progress: Prog
     threat = attack.given(first.threat)
     started = time.perf_counter()
     seed = derive(first.seed, first.attack_key(), shard, "attack")
-    with sandboxed(source.deployed, seed):
+    with sandboxed(source.deployed, seed) as changed:
         rng = torch.Generator().manual_seed(seed)
         if limit := first.setting.queries:
             adversarial = within_limit(attack, access, x, y, threat, rng, limit)
         else:
             # copies: an attack that writes into x would be measured against what it wrote
             adversarial = attack(access, x.clone(), y.clone(), threat, rng)
+    if changed:
+        access.notes["changed"] = changed[:KEPT]
     check_trace(access.trace, len(y))
     cost = {
         "forwards": access.cost.forwards / len(y),
@@ -256,13 +258,11 @@ def _judge(
     if clean_key not in shared.clean:
         role = derive(cell.seed, cell.data, cell.defense, shard, "clean")
         shared.clean[clean_key] = score(target, x, y, part.draws, role)
-    clean_ok, clean_err = shared.clean[clean_key]
-    ok, err = score(target, adversarial, y, part.draws, derive(cell.seed, cell.id, shard, "score"))
+    before = shared.clean[clean_key]._asdict()
+    after = score(target, adversarial, y, part.draws, derive(cell.seed, cell.id, shard, "score"))
     part.arrays = {
-        "ok": ok,
-        "err": err,
-        "clean_ok": clean_ok,
-        "clean_err": clean_err,
+        **after._asdict(),
+        **{f"clean_{name}": values for name, values in before.items()},
         "distance": lengths.cpu().numpy().astype(np.float32),
     }
     part.trace = {**part.trace, "unchanged": same}

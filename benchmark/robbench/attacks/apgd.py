@@ -69,6 +69,7 @@ def apgd(
         )
     warm = access.start if start == "warm" else None
     best = x.clone() if warm is None else warm.clone()
+    selected = torch.full_like(x[:, 0, 0, 0], math.nan)
     going = remaining(access, best, y, aim, judged)
     for index, label in enumerate(rounds):
         access.report(index, len(rounds))
@@ -84,11 +85,15 @@ def apgd(
         goal = picked(aim, going)
         pool = [best[going], *found]
         chosen, which, verdict = select(access, pool, labels, goal, judged, CALLS)
-        best[going] = chosen
+        best[going], selected[going] = chosen, verdict.lost
         winner[going[which > 0]] = index
         going = going[verdict.lost < enough(access)]
     access.report(len(rounds), len(rounds))
-    access.trace = {**trace.arrays, "restart": winner.cpu().numpy().astype("uint8")}
+    access.trace = {
+        **trace.arrays,
+        "selected_lost": selected.half().cpu().numpy(),
+        "restart": winner.cpu().numpy().astype("uint8"),
+    }
     return best
 
 
@@ -270,7 +275,7 @@ class _Climb:
         """Loss and gradient at the current points, and whether they are the best so far."""
         self._renew(state, step)
         found = self.access.gradient(state.current, state.y, self.loss, state.target, self.balanced)
-        trace.note(step, ids[state.ids], found.loss, found.gradient)
+        trace.note(step, ids[state.ids], found.loss, found.gradient, found.lost)
         if step:
             state.grown = state.grown + (found.loss > state.value)
             state.value = found.loss

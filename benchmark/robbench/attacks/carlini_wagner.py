@@ -107,7 +107,7 @@ class Problem:
     def gradient(self, points: Tensor, images: Tensor) -> Step:
         """Access.gradient of the loss; a FloatingPointError where it is not finite."""
         step = self.access.gradient(points, self.y[images], self.loss, self._aim(images))
-        self.trace.note(self.step, images, step.loss, step.gradient)
+        self.trace.note(self.step, images, step.loss, step.gradient, step.lost)
         self.step += 1
         self.access.report(self.step, self.steps)
         return step

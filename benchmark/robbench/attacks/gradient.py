@@ -40,8 +40,16 @@ class Trace:
         self.marks = np.linspace(0, steps - 1, TRACED).round().astype(int)
         self.losses = np.full((TRACED, n), np.nan, dtype=np.float32)
         self.evaluations, self.zeros, self.dead = torch.zeros(3, n)
+        self.lost = torch.full((2, n), float("nan"))  # at the worst evaluation, and at the last
 
-    def note(self, step: int, active: Tensor, value: Tensor, gradient: Tensor) -> None:
+    def note(
+        self,
+        step: int,
+        active: Tensor,
+        value: Tensor,
+        gradient: Tensor,
+        lost: Tensor | None = None,
+    ) -> None:
         """FloatingPointError for a loss or gradient of the images `active` that is not finite."""
         if not bool(value.isfinite().all()) or not bool(gradient.isfinite().all()):
             broken = ~(value.isfinite() & gradient.isfinite().flatten(1).all(dim=1))
@@ -55,13 +63,19 @@ class Trace:
         self.evaluations[index] += 1
         self.zeros[index] += zero
         self.dead[index] += (zero == 1).float()
+        if lost is not None:
+            self.lost[1, index] = lost.cpu().float()
+            self.lost[0, index] = self.lost[:, index].nan_to_num(-1).amax(dim=0)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """loss (5, N) at evenly spaced steps (NaN once broken); zero_gradient (N,) mean share of
-        zero pixels and dead (N,) share of all-zero gradients, over the evaluations made."""
+        zero pixels and dead (N,) share of all-zero gradients, over the evaluations made; lost_seen
+        (2, N) share of the attack's own draws lost, at the worst evaluation and at the last."""
         made = self.evaluations.clamp_min(1)
+        seen = {} if bool(self.lost.isnan().all()) else {"lost_seen": self.lost.half().numpy()}
         return {
+            **seen,
             "loss": self.losses.clip(-LARGEST, LARGEST).astype(np.float16),
             "zero_gradient": (self.zeros / made).numpy().astype(np.float16),
             "dead": (self.dead / made).numpy().astype(np.float16),
@@ -248,9 +262,19 @@ def run(
     candidates: list[Tensor] = []
     for index, start in enumerate(starts):
         candidates += loop.climb(start, index)
-    worst, winner = worst_of(access, candidates, y, target, loss)
-    access.trace = loop.trace.arrays | {
-        "restart": (winner // (len(candidates) // len(starts))).cpu().numpy().astype(np.uint8)
+    if len(candidates) == 1:
+        worst, winner, selected = candidates[0], torch.zeros_like(y), {}
+    else:
+        each: list[Tensor] = []
+        worst, winner, verdict = select(access, candidates, y, target, loss, each=each)
+        selected = {"selected_lost": verdict.lost.half().cpu().numpy()}
+        if len(starts) > 1:
+            of_start = torch.stack(each).view(len(starts), -1, len(x)).amax(dim=1)
+            selected["restarts_lost"] = of_start.half().cpu().numpy()
+    access.trace = {
+        **loop.trace.arrays,
+        **selected,
+        "restart": (winner // (len(candidates) // len(starts))).cpu().numpy().astype(np.uint8),
     }
     return worst
 
@@ -271,27 +295,33 @@ def select(
     target: Tensor | None,
     loss: Loss,
     calls: int = 1,
+    each: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Verdict]:
     """Per image the candidate that costs the defense most (Access.judge), its index, and what it
     costs.
 
     All are compared on the same selection draws, which scoring never sees again; there are enough
     for so many calls of the defense, and at least 20 where the attack itself averages over draws.
+    each: gets the share lost (N,) of every candidate.
     """
     state = random_state(access.device)
     winner = torch.zeros_like(y)
     per_call = access.deployed.draws
     draws = per_call * max(math.ceil(access.selection / per_call), calls)
     best, verdict = candidates[0], access.judge(candidates[0], y, loss, target, draws)
+    shares = [verdict.lost]
     for index, candidate in enumerate(candidates[1:], start=1):
         set_random_state(access.device, state)
         other = access.judge(candidate, y, loss, target, draws)
+        shares.append(other.lost)
         better = other.worse_than(verdict)
         best = torch.where(column(better, best), candidate, best)
         verdict = Verdict(
             *(torch.where(better, new, old) for new, old in zip(other, verdict, strict=True))
         )
         winner = winner.masked_fill(better, index)
+    if each is not None:
+        each += shares
     return best, winner, verdict
 
 
@@ -325,7 +355,7 @@ class _Loop:
             here = current[active]
             aim = picked(self.target, active)
             value, gradient, lost = access.gradient(here, self.y[active], self.loss, aim)
-            self.trace.note(step, active, value, gradient)
+            self.trace.note(step, active, value, gradient, lost)
             access.report(restart * plan.steps + step + 1, plan.restarts * plan.steps)
             better = value > best_loss[active]
             if stops:  # no answer is nearer to an error than any loss of an answer that is right
