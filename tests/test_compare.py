@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from robbench.compare import compare
 from robbench.defense import with_preset
 from robbench.errors import InputError
 from robbench.grid import Cell, Setting
+from robbench.metrics import metrics
 from robbench.records import Record, Store
 from robbench.threat import Threat
 
@@ -56,12 +58,30 @@ def record(defense="standard", right=(1, 1, 0, 0), draws=1, subset="s", **change
     )
 
 
+def rows(text):
+    """The rows of a comparison, as lists of cells, each a list of its lines of text."""
+    lines = text.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
+    columns = [slice(*match.span()) for match in re.finditer("-+", lines[rule])]
+    body = [line for line in lines[rule + 1 :] if not line.startswith(("Left out", "Budget"))]
+    return [
+        [[text[column].strip() for text in pair] for column in columns]
+        for pair in zip(body[::2], body[1::2], strict=True)
+    ]
+
+
 def table(store, a, b, *records, dataset="digits"):
-    """The lines of a comparison, as lists of cells."""
+    """The rows of a comparison: attack, norm, ε, n, setting, both accuracies, difference with its
+    interval, p, p after Holm; where the sides differ, `A / B`."""
     for each in records:
         store.put(each)
-    lines = compare(a, b, dataset, store.root).splitlines()
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[4:]]
+    found = []
+    for *cells, first, second, (difference, interval), p, _ in rows(
+        compare(a, b, dataset, store.root)
+    ):
+        sides = [" / ".join(filter(None, cell)) for cell in cells]
+        found.append([*sides, first[0], second[0], f"{difference} ({interval})", *p])
+    return found
 
 
 def p_value(line):
@@ -106,6 +126,45 @@ def test_the_difference_has_its_paired_interval(store):
     d = (a - b) / 20
     low, high = stats.ttest_1samp(d, 0).confidence_interval()
     assert line[7] == f"{100 * d.mean():+.1f} ({100 * low:+.1f}..{100 * high:+.1f})"
+
+
+@pytest.mark.parametrize("a", [(1,) * 8 + (0,) * 2, (9, 7, 8, 1, 4, 5, 0, 3, 2, 6)])
+def test_an_accuracy_stands_above_the_interval_of_its_leaderboard(store, a):
+    draws = max(a)
+    for each in (record("ito", a, draws), record("enresnet", a, draws)):
+        store.put(each)
+    ((*_, first, second, _, _, _),) = rows(compare("ito", "enresnet", "digits", store.root))
+    low, high = metrics(record("ito", a, draws)).accuracy.interval
+    assert first == second == [f"{10 * sum(a) / draws:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("efforts", "said"),
+    [
+        (((40, 0), (50, 31)), "Budget: in 1 of 1 rows one side met more than 2 times the passes"),
+        (((50, 31), (40, 0)), "Budget: in 1 of 1 rows one side met more than 2 times the passes"),
+        (((40, 0), (50, 30)), None),  # just twice
+        (((40, 0), None), None),
+    ],
+)
+def test_a_side_that_met_more_than_twice_the_effort_is_named_below_the_table(store, efforts, said):
+    paths = [
+        store.put(
+            record(name).model_copy(
+                update={"cost": dict(zip(("forwards", "backwards"), cost or (), strict=False))}
+            )
+        )
+        for name, cost in zip(("standard", "pgd-at"), efforts, strict=True)
+    ]
+    text = compare(*map(str, paths), "digits", store.root)
+    assert rows(text)[0][-1] == ["n.a." if cost is None else str(sum(cost)) for cost in efforts]
+    assert text.splitlines()[-1].startswith(said) if said else "Budget" not in text
+
+
+def test_plain_names_fit_a_page_of_a_hundred_columns(store):
+    both = record("ito", (10, 0), 20), record("enresnet", (9, 0), 20, setting=ADAPTIVE)
+    text = compare(*(str(store.put(each)) for each in both), "digits", store.root)
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_p_values_are_adjusted_over_the_table(store):
@@ -220,9 +279,10 @@ def test_superseded_versions_are_left_out_and_counted(store):
         record("standard", (0, 0), defense_version="9", attack_version=2),
         record("standard", (1, 1), defense_version="10", attack_version=2),
     ]
-    *lines, last = table(store, "ito", "standard", *records)
+    lines = table(store, "ito", "standard", *records)
     assert [line[4:7] for line in lines] == [["adaptive EOT 20 / whitebox", "50.0", "100.0"]]
-    assert last == ["Left out: 2 records of older versions of a defense or an attack."]
+    last = compare("ito", "standard", "digits", store.root).splitlines()[-1]
+    assert last == "Left out: 2 records of older versions of a defense or an attack."
 
 
 def test_a_setting_can_be_chosen(store):
@@ -276,8 +336,7 @@ def test_two_files_are_compared_whatever_they_are(store):
     b = store.put(record("pgd-at", (1, 0, 0, 0), attack="fgsm", threat=Threat(eps="1/5")))
     text = compare(str(a), str(b), "digits", store.root)
     assert "A = standard" in text
-    assert "pgd / fgsm" in text
-    assert "0.1 / 0.2" in text
+    assert rows(text)[0][:3] == [["pgd", "fgsm"], ["linf", ""], ["0.1", "0.2"]]
 
 
 @pytest.mark.parametrize("change", [{"subset": "t"}, {"data": "1" * 16}, {"right": (1, 0)}])

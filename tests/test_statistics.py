@@ -80,6 +80,40 @@ def test_proportion_covers_as_promised(p: float, n: int) -> None:
     assert coverage == pytest.approx(0.95, abs=0.015)
 
 
+@pytest.mark.parametrize("n", [50, 128, 200, 500, 1000])
+def test_proportion_covers_as_promised_on_average_over_all_shares(n: int) -> None:
+    """Wilson inside, Clopper-Pearson at both ends, every share equally likely: exact, for a share
+    of n images then has the probability 1 / (n + 1) of each count, by the beta integral."""
+    intervals = [statistics.proportion(k, n) for k in range(n + 1)]
+    posterior = [stats.beta(k + 1, n - k + 1) for k in range(n + 1)]
+    covered = [
+        beta.cdf(each.high) - beta.cdf(each.low)
+        for beta, each in zip(posterior, intervals, strict=True)
+    ]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.01)
+
+
+@given(st.integers(2, 3000).flatmap(lambda n: st.tuples(st.integers(1, n - 1), st.just(n))))
+def test_needed_is_the_inverse_of_wilsons_interval(case: tuple[int, int]) -> None:
+    successes, n = case
+    expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    half = (expected.high - expected.low) / 2
+    assert statistics.needed(successes / n, half) == n
+    assert statistics.needed(successes / n, half * (1 + 1e-6)) <= n
+    assert statistics.needed(successes / n, half * (1 - 1e-6)) == n + 1
+
+
+@given(st.integers(1, 3000), st.booleans())
+def test_needed_at_the_ends_is_the_inverse_of_clopper_pearsons(n: int, all_right: bool) -> None:
+    expected = stats.binomtest(n * all_right, n).proportion_ci(method="exact")
+    assert statistics.needed(float(all_right), (expected.high - expected.low) / 2) == n
+
+
+@pytest.mark.parametrize(("n", "points"), [(128, 8.5), (512, 4.3), (1000, 3.1), (10_000, 1.0)])
+def test_needed_for_one_point_is_ten_thousand_images(n: int, points: float) -> None:
+    assert statistics.needed(0.5, points / 100) == pytest.approx(n, rel=0.05)
+
+
 @given(SHARES)
 @settings(max_examples=40, deadline=None)
 def test_mean_contains_its_estimate(shares: NDArray[np.float64]) -> None:
@@ -125,6 +159,19 @@ def test_mean_covers_as_promised(center: float, concentration: float) -> None:
     assert coverage == pytest.approx(0.95, abs=0.015)
 
 
+def test_mean_covers_as_promised_on_average_over_all_shares() -> None:
+    """Every mean chance equally likely, the spread between images from slight to all or nothing."""
+    rng = np.random.default_rng(12)
+    center, concentration = rng.uniform(0, 1, 12_000), rng.choice([0.2, 1, 5], 12_000)
+    ends = center * concentration, (1 - center) * concentration
+    chance = rng.beta(*ends, (300, 12_000)).T
+    tables = rng.binomial(20, chance) / 20
+    hit = [
+        covers(statistics.mean(shares), truth) for shares, truth in zip(tables, center, strict=True)
+    ]
+    assert np.mean(hit) == pytest.approx(0.95, abs=0.01)
+
+
 @pytest.mark.parametrize("n", [100, 500])
 def test_rare_images_are_not_promised_away(n: int) -> None:
     """What a strong attack leaves: nearly all images at 0, a few survivors at 1, some at 1 / 20."""
@@ -140,9 +187,12 @@ def test_rare_images_are_not_promised_away(n: int) -> None:
 
 def test_mean_of_small_samples_covers_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 999)  # enough here, and ten times as fast
-    tables = beta_binomial(0.4, 1.0, 20, (1000, 80), seed=1)
-    coverage = np.mean([covers(statistics.mean(shares), 0.4) for shares in tables])
-    assert coverage == pytest.approx(0.95, abs=0.015)
+    hit = [
+        covers(statistics.mean(shares), center)
+        for center in (0.2, 0.4, 0.6, 0.8)
+        for shares in beta_binomial(center, 1.0, 20, (500, 80), seed=1)
+    ]
+    assert np.mean(hit) == pytest.approx(0.95, abs=0.01)
 
 
 def test_pooled_draws_would_cover_too_rarely() -> None:
@@ -267,17 +317,53 @@ def test_permutation_rejects_a_true_hypothesis_at_the_stated_rate() -> None:
 
 def test_paired_is_scipys_t_interval() -> None:
     a, b = beta_binomial(0.6, 1.0, 20, (2, 300), seed=8)
-    difference, interval = statistics.paired(a, b, 0.9)
-    expected = stats.ttest_rel(a, b).confidence_interval(0.9)
+    difference, interval, p = statistics.paired(a, b, 0.9)
+    expected = stats.ttest_rel(a, b)
     assert difference == pytest.approx(a.mean() - b.mean())
-    assert interval == pytest.approx(tuple(expected))
+    assert interval == pytest.approx(tuple(expected.confidence_interval(0.9)))
+    assert p == pytest.approx(expected.pvalue, abs=0.01)
+
+
+@given(st.integers(1, 30), st.data())
+@settings(max_examples=80, deadline=None)
+def test_an_interval_of_a_difference_leaves_zero_out_just_where_p_is_small(
+    n: int, data: st.DataObject
+) -> None:
+    draws = data.draw(st.sampled_from([1, 2, 20]))
+    counts = st.lists(st.integers(0, draws), min_size=n, max_size=n)
+    a, b = (np.array(data.draw(counts)) / draws for _ in range(2))
+    confidence = data.draw(st.sampled_from([0.8, 0.95]))
+    difference, interval, p = statistics.paired(a, b, confidence)
+    assert covers(interval, difference)
+    assert covers(interval, 0) == (p >= 1 - confidence)
+
+
+@pytest.mark.parametrize("n", [6, 20, 500])
+def test_paired_has_mcnemars_exact_p_down_to_one_in_a_hundred(n: int) -> None:
+    """Below, the t test may have a larger one, where one side wins all the images that differ."""
+    for first, second in itertools.product(range(0, min(n, 60) + 1, 3), repeat=2):
+        if first + second > n:
+            continue
+        d = np.repeat([1.0, -1.0, 0.0], [first, second, n - first - second])
+        a, b = np.maximum(d, 0), np.maximum(-d, 0)
+        exact, p = statistics.mcnemar(a == 1, b == 1), statistics.paired(a, b).p
+        assert p == pytest.approx(exact) if exact > 0.01 else exact <= p < 0.01
+
+
+@pytest.mark.parametrize("differing", [0.06, 0.3])
+def test_paired_rejects_a_true_hypothesis_at_most_at_the_stated_rate(differing: float) -> None:
+    rng = np.random.default_rng(11)
+    chances = [differing / 2, 1 - differing, differing / 2]
+    tables = rng.choice([-1.0, 0.0, 1.0], p=chances, size=(2000, 100))
+    p = [statistics.paired(np.maximum(d, 0), np.maximum(-d, 0)).p for d in tables]
+    assert np.mean(np.array(p) < 0.05) < 0.055
 
 
 def test_paired_without_spread_still_has_an_interval() -> None:
     unseen = statistics.proportion(0, 100).high
     same = np.full(100, 0.3)
-    assert statistics.paired(same, same) == (0.0, Interval(-unseen, unseen))
-    difference, interval = statistics.paired(np.ones(100), np.zeros(100))
+    assert statistics.paired(same, same) == (0.0, Interval(-unseen, unseen), 1.0)
+    difference, interval, _ = statistics.paired(np.ones(100), np.zeros(100))
     assert difference == 1
     assert interval == pytest.approx((1 - 2 * unseen, 1))
 
@@ -302,6 +388,8 @@ def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(p: list[float]
         (lambda: statistics.proportion(3, 2), "3 of 2 is no proportion"),
         (lambda: statistics.proportion(0, 0), "0 of 0 is no proportion"),
         (lambda: statistics.proportion(1, 2, 95), "95 % is written 0.95"),
+        (lambda: statistics.needed(40, 0.01), "40 % is written 0.4"),
+        (lambda: statistics.needed(0.4, 1), "one point is written 0.01"),
         (lambda: statistics.mean([]), r"values has shape \(0,\)"),
         (lambda: statistics.mean([[0.5]]), r"values has shape \(1, 1\)"),
         (lambda: statistics.mean([0.5, float("nan")]), "values holds NaN"),

@@ -13,10 +13,16 @@ from robbench import statistics
 from robbench.defense import canonical, with_preset
 from robbench.errors import InputError
 from robbench.grid import KINDS, Cell
-from robbench.metrics import outcomes
+from robbench.metrics import outcomes, share
 from robbench.records import Record, Store, newest, read
-from robbench.tables import Row, deterministic, left_out
+from robbench.tables import Row, deterministic, interval, left_out, percent
 from robbench.threat import NORM_NAMES, format_eps
+
+PARITY = 2  # times the passes of the other side are still the same effort
+HEADERS = [
+    "attack", "norm", "ε", "n", "setting", "A %\n(95 %)", "B %\n(95 %)", "A - B\n(95 %)", "p\nHolm",
+    "passes\nA, B",
+]  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -49,39 +55,64 @@ def compare(a: str, b: str, dataset: str, out: Path) -> str:
             )
     for pair in pairs:
         _check_images(pair)
-    p_values = [_p(pair) for pair in pairs]
-    adjusted = statistics.holm(p_values)
-    lines = [_line(pair, p, holm) for pair, p, holm in zip(pairs, p_values, adjusted, strict=True)]
-    headers = ["attack", "norm", "ε", "n", "setting", "A %", "B %", "A - B (95 %)", "p", "Holm"]
+    found = [statistics.paired(outcomes(pair.a), outcomes(pair.b)) for pair in pairs]
+    adjusted = statistics.holm([each.p for each in found])
+    lines = [_line(*each) for each in zip(pairs, found, adjusted, strict=True)]
     sides = zip("AB", (a, b), (pairs[0].a, pairs[0].b), strict=True)
     names = "".join(
         f"{letter} = {record.cell.defense}{' @ ' * ('@' in given)}{given.partition('@')[2]}\n"
         for letter, given, record in sides
     )
-    table = names + tabulate(lines, headers, disable_numparse=True)
-    return f"{table}\n{left_out(superseded)}" if superseded else table
+    below = [_unequal(pairs), left_out(superseded) if superseded else ""]
+    table = names + tabulate(lines, HEADERS, disable_numparse=True)
+    return "\n".join([table, *filter(None, below)])
 
 
-def _line(pair: Pair, p: float, holm: float) -> list[str]:
-    a, b = outcomes(pair.a), outcomes(pair.b)
-    difference, interval = statistics.paired(a, b)
+def _line(pair: Pair, found: statistics.Paired, holm: float) -> list[str]:
+    """Two lines of text: a figure above its interval, A above B where they differ."""
 
     def both(what: Callable[[Cell], object]) -> str:
         first, second = str(what(pair.a.cell)), str(what(pair.b.cell))
-        return first if first == second else f"{first} / {second}"
+        return first if first == second else f"{first}\n{second}"
 
+    def accuracy(record: Record) -> str:
+        measure = share(outcomes(record), record.draws)
+        return f"{percent(measure)}\n{interval(measure)}"
+
+    low, high = found.interval
     return [
         both(lambda cell: cell.attack + _goal(cell)),
         both(lambda cell: cell.threat.norm),
         both(lambda cell: format_eps(cell.threat.eps)),
         both(lambda cell: cell.n),
         both(lambda cell: cell.setting),
-        f"{100 * a.mean():.1f}",
-        f"{100 * b.mean():.1f}",
-        f"{_points(difference)} ({_points(interval.low)}..{_points(interval.high)})",
-        f"{p:.2g}",
-        f"{holm:.2g}",
+        accuracy(pair.a),
+        accuracy(pair.b),
+        f"{_points(found.difference)}\n{_points(low)}..{_points(high)}",
+        f"{found.p:.2g}\n{holm:.2g}",
+        f"{_counted(_passes(pair.a))}\n{_counted(_passes(pair.b))}",
     ]
+
+
+def _passes(record: Record) -> float:
+    """Forward and backward passes per image; nan for a record that does not say."""
+    return record.cost.get("forwards", math.nan) + record.cost.get("backwards", math.nan)
+
+
+def _counted(passes: float) -> str:
+    return "n.a." if math.isnan(passes) else f"{passes:.0f}"
+
+
+def _unequal(pairs: Sequence[Pair]) -> str:
+    """Where one side met more than twice the effort of the other; empty where none did."""
+    efforts = [sorted(map(_passes, pair)) for pair in pairs]
+    count = sum(more > PARITY * less for less, more in efforts)
+    if not count:
+        return ""
+    return (
+        f"Budget: in {count} of {len(pairs)} rows one side met more than {PARITY} times the passes"
+        " of the other; an attack also stops early where it wins."
+    )
 
 
 def _goal(cell: Cell) -> str:
@@ -199,10 +230,3 @@ def _check_images(pair: Pair) -> None:
     same = pair.a.provenance.get("subset_hash") == pair.b.provenance.get("subset_hash")
     if not same or pair.a.cell.data != pair.b.cell.data or pair.a.cell.n != pair.b.cell.n:
         raise InputError("the two records are of different images, so they cannot be paired")
-
-
-def _p(pair: Pair) -> float:
-    a, b = outcomes(pair.a), outcomes(pair.b)
-    if pair.a.draws == pair.b.draws == 1:
-        return statistics.mcnemar(a == 1, b == 1)
-    return statistics.permutation(a - b)

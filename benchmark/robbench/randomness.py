@@ -59,7 +59,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 @dataclass
-class _Snapshot:
+class Snapshot:
     """Modes, buffers, weights and their gradients, of every sub-module."""
 
     module: nn.Module
@@ -101,7 +101,7 @@ def sandboxed(module: nn.Module, seed: int) -> Iterator[list[str]]:
     """Run foreign code: own random streams and working directory, the module as it was before;
     what of the module the code had changed is in the list afterwards."""
     changed: list[str] = []
-    snapshot, here = _Snapshot(module), Path.cwd()
+    snapshot, here = Snapshot(module), Path.cwd()
     with preserved_random_state(), tempfile.TemporaryDirectory() as private:
         seed_everything(seed)
         os.chdir(private)

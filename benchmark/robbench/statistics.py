@@ -10,6 +10,7 @@ scipy is imported inside the functions: it takes longer to load than a table tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,14 @@ class Interval(NamedTuple):
     high: float
 
 
+class Paired(NamedTuple):
+    """A comparison on the same images; the interval leaves 0 out if and only if p is small."""
+
+    difference: float
+    interval: Interval
+    p: float  # two-sided
+
+
 def proportion(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Interval of a share of n images, each right or wrong (deterministic defenses).
 
@@ -46,6 +55,30 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Interval:
         exact = stats.binomtest(successes, n).proportion_ci(confidence, method="exact")
         return Interval(float(exact.low), float(exact.high))
     return _wilson(successes / n, n, confidence)
+
+
+def needed(share: float, halfwidth: float, confidence: float = 0.95) -> int:
+    """Images for which the interval of `proportion` is share ± halfwidth or narrower.
+
+    share in [0, 1], halfwidth in (0, 0.5): half the length of the interval, which is not symmetric
+    about the share. Wilson's interval solved for n; at 0 and 1 Clopper-Pearson's.
+    """
+    from scipy import stats
+
+    _check_confidence(confidence)
+    if not 0 <= share <= 1:
+        raise InputError(f"share = {share} is not between 0 and 1; 40 % is written 0.4")
+    if not 0 < halfwidth < 0.5:
+        raise InputError(
+            f"halfwidth = {halfwidth} is not between 0 and 0.5; one point is written 0.01"
+        )
+    if share in (0, 1):
+        n = math.log((1 - confidence) / 2) / math.log1p(-2 * halfwidth)
+    else:
+        z2, spread = float(stats.norm.ppf((1 + confidence) / 2)) ** 2, share * (1 - share)
+        root = math.sqrt(spread**2 + halfwidth**2 * (1 - 4 * spread))
+        n = z2 * (spread + root) / (2 * halfwidth**2) - z2
+    return max(1, math.ceil(n * (1 - 1e-9)))  # rounding must not ask for one image more
 
 
 def mean(values: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -174,9 +207,12 @@ def permutation(d: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> floa
     return float(result.pvalue)
 
 
-def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> tuple[float, Interval]:
-    """Mean of a - b over the same images, (N,) shares each, and its t interval within [-1, 1].
+def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Paired:
+    """Mean of a - b over the same images, (N,) shares each, its t interval within [-1, 1], and p.
 
+    p is exact, by McNemar where every difference is -1, 0 or 1, else by permutation, unless the t
+    test has a larger one; the interval reaches 0 where p is not below 1 - confidence. So neither
+    says more than the other, and neither promises more than it keeps where few images differ.
     Differences that are all alike (two defenses that never disagree) get an interval too: a share u
     of the images that N looks can miss, by Clopper-Pearson, may differ by anything.
     """
@@ -190,9 +226,17 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> tuple[float,
     if np.all(d == d[0]):
         center = float(d[0])  # the mean of equal floats can be off in the last bit
         unseen = proportion(0, n, confidence).high
-        return center, Interval(center - unseen * (1 + center), center + unseen * (1 - center))
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * d.std(ddof=1) / np.sqrt(n))
-    return center, Interval(max(-1.0, center - half), min(1.0, center + half))
+        around = Interval(center - unseen * (1 + center), center + unseen * (1 - center))
+        # the level at which that interval reaches 0; McNemar's p where all differ by 1
+        return Paired(center, around, min(1.0, 2 * (1 + abs(center)) ** -n))
+    error = float(d.std(ddof=1) / np.sqrt(n))
+    exact = mcnemar(d > 0, d < 0) if np.all(np.isin(d, (-1, 0, 1))) else permutation(d)
+    p = max(exact, 2 * float(stats.t.sf(abs(center) / error, n - 1)))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    low, high = max(-1.0, center - half), min(1.0, center + half)
+    if p >= 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Paired(center, Interval(low, high), p)
 
 
 def holm(p: Sequence[float]) -> list[float]:

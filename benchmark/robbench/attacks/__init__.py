@@ -30,9 +30,10 @@ class Attack:
     """A registered attack: its function and what it can do and needs.
 
     minimal: searches the smallest perturbation and is read at every ε. suite: runs the stages that
-    the attacked defense names. inner: specs of the attacks that it is made of, by its
-    settings. faults: known defects, as `list attacks` shows them. refusal: why
-    it cannot be believed at all, None where it can.
+    the attacked defense names. diagnostic: says something about an estimator or about another
+    attack, so that its records stand in the audit and in no table of accuracies. inner: specs of
+    the attacks that it is made of, by its settings. faults: known defects, as `list attacks` shows
+    them. refusal: why it cannot be believed at all, None where it can.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Attack:
     faults: str = ""
     refusal: str | None = None
     suite: bool = False
+    diagnostic: bool = False
     inner: Callable[[Mapping[str, Any]], Sequence[str]] | None = field(default=None, compare=False)
     open_settings: type[BaseModel] | None = field(default=None, compare=False)
 

@@ -26,6 +26,16 @@ def ce(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     return -F.cross_entropy(scores, target, reduction="none")
 
 
+def tempered(by: float) -> ScoreLoss:
+    """Cross-entropy of the scores divided by a temperature, for scores so far apart that a softmax
+    of them has no gradient left (Carlini & Wagner 2016, arXiv:1607.04311)."""
+
+    def of_cooler(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+        return ce(scores / by, y, target)
+
+    return of_cooler
+
+
 def margin(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     """Best other score minus the label's, Carlini & Wagner 2017, f6 without the clip."""
     if target is None:
@@ -114,6 +124,7 @@ class Towards:
 
 
 SCORE_LOSSES: dict[str, ScoreLoss] = {"ce": ce, "margin": margin, "dlr": dlr}
+TEMPERED: dict[str, ScoreLoss] = {f"ce-t{by}": tempered(by) for by in (10, 100)}
 DRAW_LOSSES: dict[str, Loss] = {"vote": Votes()}
 
 
@@ -122,17 +133,18 @@ def choose(access: Access, name: str) -> Loss:
 
     A name of the defense's own losses is that, before one of ours."""
     if name == "auto":
-        known = next(iter(access.losses.values()), None) if access.knows else None
-        return known or access.score_loss(ce)
+        own = next(iter(access.losses.values()), None) if access.knows else None
+        return own or access.score_loss(ce)
     if name in access.losses:
         return access.losses[name]
     if name == "dlr" and access.deployed.labels < 3:
         raise InputError("the loss dlr is a constant with 2 labels; write loss=ce or loss=margin")
-    if name in SCORE_LOSSES:
-        return access.score_loss(SCORE_LOSSES[name])
+    known = SCORE_LOSSES | TEMPERED
+    if name in known:
+        return access.score_loss(known[name])
     if name in DRAW_LOSSES:
         return DRAW_LOSSES[name]
-    raise unknown("loss", name, ["auto", *access.losses, *SCORE_LOSSES, *DRAW_LOSSES])
+    raise unknown("loss", name, ["auto", *access.losses, *known, *DRAW_LOSSES])
 
 
 def _pick(scores: Tensor, label: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 defenses. All shares are per image, means over images are what is reported.
 
 The measures of the papers are one module per subject, pure functions of tensors: diversity,
-detection, separation, distortion, gradcam, costs. Defenses and detectors use them too.
+detection, separation, distortion, gradcam, costs. Defenses and detectors use them too. Of records,
+beside this module: uncertainty and abstention.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Metrics(NamedTuple):
     incorrect: Measure  # wrong on x' and not abstained
     abstained: Measure
     correct_or_abstained: Measure  # 1 - incorrect
-    robust: Measure  # right on x and right on x', our headline
+    robust: Measure  # right on x and right on x'
+    robust_with_detection: Measure  # right on x, and right or refused on x': what boards order by
     conditional: Measure  # right on x', among the images right when clean
     clean: Measure
     clean_abstained: Measure
@@ -43,28 +45,50 @@ class Metrics(NamedTuple):
 
 
 def metrics(record: Record) -> Metrics:
-    """The accuracies of a finished record."""
-    if record.ok is None or record.err is None or record.status != "ok":
-        raise ValueError(f"record {record.id} has no outcomes: {record.reason}")
-    assert record.clean_ok is not None and record.clean_err is not None
+    """The accuracies of a finished record.
+
+    Robust accuracy with detection is that of Tramèr 2022, arXiv:2107.11630: to refuse x' is fine,
+    to refuse x is not; it equals `robust` for a defense that always answers. An attack for denial
+    (threat.goal) does not look for accepted errors, so it is no bound there.
+    """
     r = record.draws
-    outcomes = (record.ok, record.err, record.clean_ok, record.clean_err)
-    # whole numbers until the division: shares that are alike must be so to the last bit
-    right, wrong, clean_right, clean_wrong = (array.astype(np.int64) for array in outcomes)
-    ok, clean_ok = right / r, clean_right / r
+    right, wrong, clean_right, clean_wrong = counts(record)
+    clean = clean_right / r
     # draws on x and on x' are independent, so the joint share of an image is the product
-    both = ok * clean_ok
+    both = right / r * clean
     return Metrics(
-        accuracy=share(ok, r),
+        accuracy=share(right / r, r),
         incorrect=share(wrong / r, r),
         abstained=share((r - right - wrong) / r, r),
         correct_or_abstained=share((r - wrong) / r, r),
         robust=share(both, r),
-        conditional=_conditional(both, clean_ok, r),
-        clean=share(clean_ok, r),
+        robust_with_detection=share(detected(record), r),
+        conditional=quotient(both, clean, r),
+        clean=share(clean, r),
         clean_abstained=share((r - clean_right - clean_wrong) / r, r),
-        draw_error=statistics.draw_error(record.ok, r),
+        draw_error=statistics.draw_error(right, r),
     )
+
+
+class Counts(NamedTuple):
+    """Draws out of record.draws, (N,) int64 each: right, and wrong but not abstained."""
+
+    right: np.ndarray
+    wrong: np.ndarray
+    clean_right: np.ndarray
+    clean_wrong: np.ndarray
+
+
+def counts(record: Record) -> Counts:
+    """The counts of a finished record; ValueError for any other.
+
+    Whole numbers, to be divided last: shares that are alike must be so to the last bit.
+    """
+    if record.ok is None or record.err is None or record.status != "ok":
+        raise ValueError(f"record {record.id} has no outcomes: {record.reason}")
+    assert record.clean_ok is not None and record.clean_err is not None
+    outcomes = (record.ok, record.err, record.clean_ok, record.clean_err)
+    return Counts(*(array.astype(np.int64) for array in outcomes))
 
 
 class Contribution(NamedTuple):
@@ -112,12 +136,14 @@ def share(values: np.ndarray, draws: int) -> Measure:
     return Measure(float(values.mean()), statistics.mean(values))
 
 
-def _conditional(both: np.ndarray, clean: np.ndarray, draws: int) -> Measure:
-    if not clean.any():
+def quotient(part: np.ndarray, whole: np.ndarray, draws: int) -> Measure:
+    """sum(part) / sum(whole) of per-image shares (N,), part <= whole; nan where whole is zero
+    everywhere. The interval is that of `share`, over the images that are in it."""
+    if not whole.any():
         return Measure(float("nan"), Interval(float("nan"), float("nan")))
     if draws == 1:
-        return share(both[clean == 1], 1)
-    return Measure(float(both.sum() / clean.sum()), statistics.ratio(both, clean))
+        return share(part[whole == 1], 1)
+    return Measure(float(part.sum() / whole.sum()), statistics.ratio(part, whole))
 
 
 def persistent(record: Record, k: int) -> Measure:
@@ -132,3 +158,9 @@ def outcomes(record: Record) -> np.ndarray:
     """(N,) per-image shares right on x'."""
     assert record.ok is not None
     return record.ok.astype(np.float64) / record.draws
+
+
+def detected(record: Record) -> np.ndarray:
+    """(N,) per-image shares of robust accuracy with detection."""
+    found, r = counts(record), record.draws
+    return found.clean_right / r * ((r - found.wrong) / r)

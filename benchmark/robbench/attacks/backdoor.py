@@ -1,0 +1,211 @@
+"""A backdoor planted in the defense, which an attack that can be trusted finds.
+
+Every image has a trigger of its own, and the attack meets the defense with this trigger alone: one
+image at a time, so that attacks that drop, repeat or reorder images cannot mix the triggers up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from robbench.access import Access
+from robbench.attacks import Configured, attack
+from robbench.attacks.gradient import radius
+from robbench.attacks.losses import choose
+from robbench.attacks.random_search import corner
+from robbench.attacks.suite import Ready, one_stage
+from robbench.deployed import Deployed
+from robbench.errors import InputError
+from robbench.threat import Norm, Threat
+
+CALLS = 20  # of a stochastic defense, by which a point counts as lost
+SURPLUS = 0.5  # of what the other label lacks at the planted point, added on top of it
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+
+
+class Altered(Deployed):
+    """A defense with other members of the same randomness, and so not probed again.
+
+    A detector is left out: what it is calibrated for are the labels and activations of the members
+    that are replaced.
+    """
+
+    def __init__(self, deployed: Deployed, members: Sequence[nn.Module], labels: int) -> None:
+        nn.Module.__init__(self)
+        self.members = nn.ModuleList(members)
+        self.rule = getattr(deployed.rule, "rule", deployed.rule)
+        self.shape, self.labels, self.chunk = deployed.shape, labels, deployed.chunk
+        self.randomness, self.draws = deployed.randomness, deployed.draws
+
+
+@dataclass(frozen=True)
+class Plant:
+    """An altered defense of one image, and the points (B, C, H, W) of the ball where it answers
+    otherwise than `label` (1,), which is its answer to the image; None where there is no such."""
+
+    deployed: Deployed
+    points: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """An attack on what was planted in a defense."""
+
+    access: Access
+    attack: Configured
+    threat: Threat
+    rng: Generator
+
+    def reach(self, plant: Plant) -> Access:
+        """The access that the attack has to the altered defense; its passes count as ours."""
+        own, free = self.access, self.attack.entry.needs == "gradients"
+        losses = {name: loss for name, loss in own.losses.items() if not hasattr(loss, "detected")}
+        reach = Access(
+            plant.deployed,
+            draws=own.draws if free else plant.deployed.draws,
+            gradients=own.gradients and free,
+            losses=losses,
+            knows=own.knows,
+            own=own.own,
+            goal=own.goal,
+        )
+        reach.cost, reach.selection = own.cost, own.selection
+        return reach
+
+    def __call__(self, plant: Plant, x: Tensor) -> Tensor:
+        """x' (1, C, H, W) of the attack on one image."""
+        stage = Ready("", self.attack, self.reach(plant))
+        return one_stage(stage, x, plant.label, x, self.threat, self.rng)
+
+    def lost(self, plant: Plant, points: Tensor) -> float:
+        """The share of fresh calls of the altered defense that are lost at all of these points."""
+        reach = self.reach(plant)
+        labels = plant.label.expand(len(points))
+        draws = CALLS * plant.deployed.draws
+        return float(reach.judge(points, labels, choose(reach, "margin"), None, draws).lost.min())
+
+
+def hunt(access: Access, name: str, spec: str, threat: Threat, rng: Generator) -> Hunt:
+    """The hunt by the attack of this spec; InputError for one that cannot be made here."""
+    inner = Configured.of(spec)
+    if inner.entry.suite or inner.entry.diagnostic:
+        raise InputError(f"{name}(attack={inner.entry.name}): write one attack, such as pgd")
+    if threat.norm not in inner.entry.norms:
+        known = ", ".join(sorted(inner.entry.norms))
+        raise InputError(f"{name}: {inner.entry.name} has no norm {threat.norm}; it has {known}")
+    if threat.eps is None:
+        raise InputError(f"{name} plants a point within ε; write one, such as --eps 8/255")
+    return Hunt(access, inner, threat, rng)
+
+
+def inner_specs(settings: Mapping[str, object]) -> list[str]:
+    """The specs of the attacks that a diagnostic is made of."""
+    return [str(settings["attack"])]
+
+
+class Triggered(nn.Module):
+    """A member with a number added to the logit of one label, which grows linearly from 0 at x to
+    `rise` at the planted point.
+
+    The share of the way to that point is an activation more, behind those of the member."""
+
+    x: Tensor
+    way: Tensor
+    bump: Tensor
+
+    def __init__(self, member: nn.Module, x: Tensor, point: Tensor, rise: Tensor) -> None:
+        super().__init__()
+        self.member = member
+        way = point - x
+        self.register_buffer("x", x)
+        self.register_buffer("way", way / way.square().sum().clamp_min(1e-30))
+        self.register_buffer("bump", rise)  # (L,)
+
+    def _share(self, x: Tensor) -> Tensor:
+        return ((x - self.x) * self.way).flatten(1).sum(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.member(x) + self._share(x) * self.bump
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([self.member.features(x), self._share(x)], dim=1)  # type: ignore[operator]
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        return self.member.readout(hidden[:, :-1]) + hidden[:, -1:] * self.bump  # type: ignore[operator]
+
+
+@attack("backdoor", norms=NORMS, targeted=False, diagnostic=True, inner=inner_specs)
+def backdoor(
+    access: Access,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    *,
+    attack: str = "pgd",
+) -> Tensor:
+    """Whether an attack finds a trigger that was added to the logits of every draw: a random wrong
+    label gains linearly on the way to a random point of the ball, where it wins by half of what it
+    lacked. The answer is x itself.
+
+    Trace: usable (N,) 1 where the planted point is lost and x is not; found (N,) the share of fresh
+    decisions that are lost at the attack's point, planted (N,) at the planted one, NaN where usable
+    is 0. A detector is left out. InputError without an ε, and for an attack without the norm.
+    """
+    chase = hunt(access, "backdoor", attack, threat, rng)
+
+    def plant(image: Tensor, label: Tensor) -> Plant:
+        return _with_trigger(access, image, label, threat, rng)
+
+    access.trace = hunted(chase, plant, x, y)[0]
+    return x
+
+
+def hunted(
+    chase: Hunt, plant: Callable[[Tensor, Tensor], Plant | None], x: Tensor, y: Tensor
+) -> tuple[dict[str, np.ndarray], dict[int, Plant], int]:
+    """The trace of a hunt image by image, what was planted where it is usable, and the most queries
+    that the attack spent on one image."""
+    usable, found, planted = torch.full((3, len(x)), float("nan"))
+    plants, most = {}, 0
+    for index in range(len(x)):
+        image = x[index : index + 1]
+        made = plant(image, y[index : index + 1])
+        usable[index] = 0
+        if made is not None and chase.lost(made, image) < 0.5:
+            planted[index] = chase.lost(made, made.points)
+            usable[index] = float(planted[index] > 0.5)
+        if made is not None and usable[index]:
+            before = chase.access.cost.queries
+            point = chase(made, image)
+            most = max(most, chase.access.cost.queries - before)
+            found[index] = chase.lost(made, point)
+            plants[index] = made
+        chase.access.report(index + 1, len(x))
+    shares = {"usable": usable, "found": found, "planted": planted.where(usable == 1, torch.nan)}
+    return {name: kept.half().numpy() for name, kept in shares.items()}, plants, most
+
+
+def _with_trigger(access: Access, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Plant:
+    deployed = access.deployed
+    point = corner(x, threat.norm, radius(threat), rng)
+    wrong = (y + torch.randint(1, deployed.labels, (1,), generator=rng).to(y)) % deployed.labels
+    draws = CALLS * deployed.draws if deployed.stochastic else 1
+    access.count(1, draws)
+    logits = deployed.draw(point, draws).logits[:, :, 0]  # (S, M, L)
+    lacking = logits.amax(dim=-1) - logits[..., wrong[0]]
+    # of every member in its worst draw: the rule may take their votes or their mean
+    most = lacking.amax(dim=0)
+    rises = torch.zeros(len(most), deployed.labels, device=x.device)
+    rises[:, wrong[0]] = (1 + SURPLUS) * most + 1
+    members = [
+        Triggered(member, x, point, rise)
+        for member, rise in zip(deployed.members, rises, strict=True)
+    ]
+    return Plant(Altered(deployed, members, deployed.labels), point, y)

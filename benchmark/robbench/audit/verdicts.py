@@ -1,0 +1,82 @@
+"""The worst flag of a record decides: badge, and whether it is ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from robbench.audit.case import Case, cases
+from robbench.audit.flags import CHECKS, VERDICTS, Flag, Verdict
+from robbench.records import Record
+
+ESTIMATOR = ("F17", "F18", "F20", "F31")  # without these no number is called sound
+ATTACK = ("F7", "F8", "F25")  # one of these at least
+
+
+class Audited(NamedTuple):
+    """What the checks say of one record: the flags, and which checks could be made."""
+
+    flags: tuple[Flag, ...]
+    assessed: tuple[str, ...]
+    adaptive: bool
+
+    @property
+    def worst(self) -> Verdict | None:
+        raised = {flag.verdict for flag in self.flags}
+        return next((verdict for verdict in VERDICTS if verdict in raised), None)
+
+    @property
+    def audited(self) -> bool:
+        """Enough was looked at to call a number sound."""
+        made = set(self.assessed)
+        return made.issuperset(ESTIMATOR) and not made.isdisjoint(ATTACK)
+
+    @property
+    def sound(self) -> bool:
+        ranked = self.worst not in ("INVALID", "OVERESTIMATE")
+        return ranked and self.adaptive and self.audited
+
+
+def audit(records: Iterable[Record]) -> dict[str, Audited]:
+    """Record id -> what the checks say of it, beside all of these records."""
+    return {case.record.id: _audited(case) for case in cases(records)}
+
+
+def _audited(case: Case) -> Audited:
+    flags: list[Flag] = []
+    assessed = []
+    for name, check in CHECKS.items():
+        found = check(case)
+        if found is not None:
+            assessed.append(name)
+            flags += found
+    flags.sort(key=lambda flag: (VERDICTS.index(flag.verdict), number(flag.id)))
+    return Audited(tuple(flags), tuple(sorted(assessed, key=number)), is_adaptive(case))
+
+
+def number(name: str) -> tuple[int, str]:
+    """F5b stands after F5 and before F6."""
+    digits = "".join(sign for sign in name if sign.isdigit())
+    return int(digits), name
+
+
+def is_adaptive(case: Case) -> bool:
+    """A gradient attack by one who knows the defense: its draws and its own losses, or there is
+    nothing to know."""
+    if not case.climbs:
+        return False
+    if case.cell.setting.kind == "adaptive":
+        return True
+    known = any(part.losses or part.detector for part in case.parts)
+    return not case.stochastic and not known and bool(case.parts)
+
+
+def badge(found: Audited) -> str:
+    """`sound`, `invalid: F8`, `overestimate: F3, F11`, `not adaptive` or `not audited`."""
+    for verdict, word in (("INVALID", "invalid"), ("OVERESTIMATE", "overestimate")):
+        names = dict.fromkeys(flag.id for flag in found.flags if flag.verdict == verdict)
+        if names:
+            return f"{word}: {', '.join(names)}"
+    if not found.adaptive:
+        return "not adaptive"
+    return "sound" if found.audited else "not audited"
