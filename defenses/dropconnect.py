@@ -55,7 +55,7 @@ class Dropping(Defense):
         return [frozen(budget)] if self.stochastic else []
 
     @property
-    def stochastic(self) -> bool:
+    def random(self) -> bool:
         return self.test != "mean" and self.p > 0
 
     def rule(self) -> Rule:

@@ -86,7 +86,7 @@ class EnResNet(Defense):
         return [frozen(budget)] if self.stochastic else []
 
     @property
-    def stochastic(self) -> bool:
+    def random(self) -> bool:
         return self.noise and self.a > 0
 
     def rule(self) -> Rule:

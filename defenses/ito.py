@@ -137,7 +137,7 @@ class ItoEnsemble(Defense):
         return [Stage(f"apgd(loss=vote, targets=9, steps={MEANS[budget].steps})")]
 
     @property
-    def stochastic(self) -> bool:
+    def random(self) -> bool:
         return self.noise and self.omega > 0
 
     def sigma(self, index: int, blocks: int, epoch: int) -> float:

@@ -178,10 +178,10 @@ class MixupInferenceDefense(Defense):
         return [Stage(f"apgd(loss=vote, targets=9, steps={MEANS[budget].steps})")]
 
     @property
-    def stochastic(self) -> bool:
+    def random(self) -> bool:
         shares = {
             "ol": (self.lam_ol,),
             "pl": (self.lam_pl,),
             "combined": (self.lam_pl, self.lam_ol),
         }
-        return min(shares[self.variant]) < 1 or super().stochastic
+        return min(shares[self.variant]) < 1 or super().random

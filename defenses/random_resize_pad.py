@@ -126,5 +126,5 @@ class RandomResizePadding(Defense):
         return [frozen(budget)] if self.stochastic else []
 
     @property
-    def stochastic(self) -> bool:
-        return self.scale > 1 or super().stochastic
+    def random(self) -> bool:
+        return self.scale > 1 or super().random

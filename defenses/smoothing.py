@@ -132,8 +132,8 @@ class Smoothing(Defense):
         return [frozen(budget)] if self.stochastic else []
 
     @property
-    def stochastic(self) -> bool:
-        return (self.noise and self.sigma > 0) or any(base.stochastic for base in self.bases())
+    def random(self) -> bool:
+        return (self.noise and self.sigma > 0) or any(base.random for base in self.bases())
 
     def rule(self) -> Rule:
         return BinomialTest(self.alpha)

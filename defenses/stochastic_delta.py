@@ -125,7 +125,7 @@ class StochasticDelta(Defense):
         return [frozen(budget)] if self.stochastic else []
 
     @property
-    def stochastic(self) -> bool:
+    def random(self) -> bool:
         return self.test != "mean"
 
     def rule(self) -> Rule:
@@ -235,5 +235,5 @@ class SDRLearnable(StochasticDelta):
         return Learnable(deviation, self.scale == "signed", self.test != "mean")
 
     @property
-    def stochastic(self) -> bool:
-        return super().stochastic and self.initial > 0
+    def random(self) -> bool:
+        return super().random and self.initial > 0

@@ -247,7 +247,7 @@ def test_the_name_of_a_model_changes_with_its_rule_draws_and_loss(network, digit
 
 def test_records_are_kept_under_out_and_read_again(network, tmp_path, monkeypatch):
     first = quick(network, out=tmp_path)
-    (stored,) = Store(tmp_path).all()
+    (stored,) = (each for each in Store(tmp_path).all() if each.cell.attack != "probe")
     assert stored.text() == first.records[0].text()
     monkeypatch.setattr("robbench.executors.perform", None)  # nothing may run
     again = quick(network, out=tmp_path)

@@ -16,7 +16,7 @@ STEPS = [  # each may import its own step and what stands above it
     {"metrics"},
     {"datasets", "networks"},
     {"registry"},
-    {"estimator", "deployed", "access", "rules", "randomness"},
+    {"estimator", "deployed", "frozen", "access", "rules", "randomness"},
     {"attacks", "metered"},
     {"defense", "training", "checkpoints", "detectors", "siblings"},
     {"defenses"},  # the registry imports them by name: nothing above may
@@ -26,7 +26,7 @@ STEPS = [  # each may import its own step and what stands above it
     {"runner", "judge", "environment"},
     {"tasks", "workers"},
     {"executors"},
-    {"papers", "tables", "plots", "site", "compare", "listing", "evaluation"},
+    {"papers", "tables", "plots", "site", "compare", "ranking", "boards", "listing", "evaluation"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -24,6 +24,7 @@ SHARES = (
     "abstained",
     "correct_or_abstained",
     "robust",
+    "robust_with_detection",
     "clean",
     "clean_abstained",
 )
@@ -72,6 +73,7 @@ def test_a_deterministic_defense_by_hand():
         "abstained": 0,
         "correct_or_abstained": 3 / 5,
         "robust": 2 / 5,
+        "robust_with_detection": 2 / 5,
         "clean": 4 / 5,
         "clean_abstained": 0,
         "conditional": 2 / 4,
@@ -88,6 +90,7 @@ def test_a_stochastic_defense_by_hand():
             "abstained": 0,
             "correct_or_abstained": 0.5,
             "robust": (1 * 1 + 0.5 * 0.8 + 0 * 0.2) / 3,
+            "robust_with_detection": (1 * 1 + 0.5 * 0.8 + 0 * 0.2) / 3,
             "clean": 2 / 3,
             "clean_abstained": 0,
             "conditional": 1.4 / 2,
@@ -105,6 +108,7 @@ def test_an_abstaining_defense_by_hand():
             "abstained": 6 / 16,
             "correct_or_abstained": 11 / 16,
             "robust": 5 / 16,
+            "robust_with_detection": (1 + 3 / 4 + 0 + 0) / 4,
             "clean": 10 / 16,
             "clean_abstained": 6 / 16,
             "conditional": 5 / 10,
@@ -115,7 +119,7 @@ def test_an_abstaining_defense_by_hand():
 def test_refusing_everything_is_not_robust():
     found = metrics(record(1, [0, 0], [0, 0], [0, 0], [0, 0]))
     assert found.correct_or_abstained.value == found.clean_abstained.value == 1
-    assert found.robust.value == found.accuracy.value == 0
+    assert found.robust.value == found.robust_with_detection.value == found.accuracy.value == 0
 
 
 @given(records())

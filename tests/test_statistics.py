@@ -162,9 +162,9 @@ def test_mean_covers_as_promised(center: float, concentration: float) -> None:
 def test_mean_covers_as_promised_on_average_over_all_shares() -> None:
     """Every mean chance equally likely, the spread between images from slight to all or nothing."""
     rng = np.random.default_rng(12)
-    center, concentration = rng.uniform(0, 1, 12_000), rng.choice([0.2, 1, 5], 12_000)
+    center, concentration = rng.uniform(0, 1, 5_000), rng.choice([0.2, 1, 5], 5_000)
     ends = center * concentration, (1 - center) * concentration
-    chance = rng.beta(*ends, (300, 12_000)).T
+    chance = rng.beta(*ends, (300, 5_000)).T
     tables = rng.binomial(20, chance) / 20
     hit = [
         covers(statistics.mean(shares), truth) for shares, truth in zip(tables, center, strict=True)
@@ -354,7 +354,7 @@ def test_paired_has_mcnemars_exact_p_down_to_one_in_a_hundred(n: int) -> None:
 def test_paired_rejects_a_true_hypothesis_at_most_at_the_stated_rate(differing: float) -> None:
     rng = np.random.default_rng(11)
     chances = [differing / 2, 1 - differing, differing / 2]
-    tables = rng.choice([-1.0, 0.0, 1.0], p=chances, size=(2000, 100))
+    tables = rng.choice([-1.0, 0.0, 1.0], p=chances, size=(1000, 100))
     p = [statistics.paired(np.maximum(d, 0), np.maximum(-d, 0)).p for d in tables]
     assert np.mean(np.array(p) < 0.05) < 0.055
 

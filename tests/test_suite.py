@@ -15,7 +15,7 @@ from robbench import datasets, registry
 from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.attacks.losses import Votes
-from robbench.attacks.sample_average import Frozen
+from robbench.frozen import Frozen
 from robbench.attacks.suite import BUDGETS, Ready, Stage, compose, in_turn
 from robbench.defense import canonical, resolve, suite_of, with_preset
 from robbench.deployed import Deployed

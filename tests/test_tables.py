@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robbench import statistics, tables
+from robbench import boards, statistics, tables
 from robbench.grid import Cell, Setting
 from robbench.metrics import Measure, contributions, metrics
 from robbench.records import Record
@@ -78,11 +78,11 @@ def failed(of=None):
 
 
 def page(*records):
-    return tables.pages("digits", list(records))["digits.md"]
+    return boards.pages("digits", list(records))["digits.md"]
 
 
 def sheet(*records):
-    return list(csv.DictReader(io.StringIO(tables.pages("digits", list(records))["digits.csv"])))
+    return list(csv.DictReader(io.StringIO(boards.pages("digits", list(records))["digits.csv"])))
 
 
 def body(markdown):
@@ -97,21 +97,21 @@ def body(markdown):
 
 
 def test_pages_do_not_depend_on_the_order_of_records(many):
-    expected = tables.pages("digits", many)
+    expected = boards.pages("digits", many)
     for seed in range(5):
         shuffled = random.Random(seed).sample(many, len(many))
-        assert tables.pages("digits", shuffled) == expected
+        assert boards.pages("digits", shuffled) == expected
 
 
 def test_pages_survive_the_files(many):
     read = [Record.model_validate_json(each.text()) for each in many]
-    assert tables.pages("digits", read) == tables.pages("digits", many)
+    assert boards.pages("digits", read) == boards.pages("digits", many)
 
 
 def test_pages_do_not_depend_on_the_machine():
     here = record(seconds=1.0)
     there = record(seconds=99.0, provenance={"device": "cpu", "commit": None, "threads": 8})
-    assert tables.pages("digits", [here]) == tables.pages("digits", [there])
+    assert boards.pages("digits", [here]) == boards.pages("digits", [there])
 
 
 def test_a_page_mentions_no_time():
@@ -137,7 +137,8 @@ def test_rows_are_sorted_by_norm_attack_setting_and_budget(many):
 def test_failed_cells_are_rows_but_on_no_page():
     made = tables.rows([failed(), record()])
     assert [row.note for row in made if row.metrics is None] == ["failed: the attack left the ball"]
-    assert tables.pages("digits", [failed(), record()]) == tables.pages("digits", [record()])
+    beside, alone = (boards.pages("digits", each) for each in ([failed(), record()], [record()]))
+    assert {name for name in beside if beside[name] != alone[name]} == {"digits.flags.json"}
 
 
 def test_a_page_leaves_out_older_versions_and_says_how_many():
@@ -146,7 +147,7 @@ def test_a_page_leaves_out_older_versions_and_says_how_many():
         for eps in ("1/10", "1/5")
     ]
     new = [record(cell(threat=Threat(eps=eps), attack_version=2)) for eps in ("1/10", "1/5")]
-    alone, both = tables.pages("digits", new), tables.pages("digits", old + new)
+    alone, both = boards.pages("digits", new), boards.pages("digits", old + new)
     line = "Left out: 2 records of older versions of a defense or an attack."
     assert both["digits.csv"] == alone["digits.csv"]
     assert both["digits.md"].replace(f"{line}\n\n", "") == alone["digits.md"] != both["digits.md"]
@@ -172,7 +173,7 @@ def test_a_page_shows_shares_with_intervals_and_n():
     interval = f"{100 * half.low:.1f}–{100 * half.high:.1f}"
     assert clean[:2] == ["`standard`", "100.0 (39.8–100.0)"]  # 0.025 ** (1 / 4)
     assert attacked[2:4] == ["0.1", f"50.0 ({interval})"]
-    assert attacked[-1] == "41"
+    assert attacked[-2:] == ["41", "not audited"]
     assert "## pgd, linf, n = 4" in text
 
 
@@ -277,7 +278,11 @@ def test_a_failed_row_says_why():
 
 
 def test_file_names_are_portable():
-    assert set(tables.pages("folder:a/b c", [])) == {"folder_a_b_c.md", "folder_a_b_c.csv"}
+    assert set(boards.pages("folder:a/b c", [])) == {
+        "folder_a_b_c.md",
+        "folder_a_b_c.csv",
+        "folder_a_b_c.flags.json",
+    }
 
 
 def test_two_targets_of_two_oracles_make_a_matrix():

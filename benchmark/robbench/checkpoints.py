@@ -26,6 +26,7 @@ from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
 from robbench.detectors import Denial, Detected, Evasion, calibrate
 from robbench.errors import InputError
+from robbench.frozen import Frozen
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.randomness import preserved_random_state
 from robbench.registry import Spec
@@ -123,6 +124,10 @@ class Shelf:
         rule = common_rule(parts)
         draws = max(defense.draws for defense in parts)
         deployed = Deployed(members, rule, dataset.shape, len(dataset.labels), draws)
+        known = next((part.known_seed for part in parts if part.known_seed is not None), None)
+        if known is not None and deployed.stochastic:
+            seeds = [derive("known draws", known, index) for index in range(draws)]
+            deployed = Frozen(deployed, seeds)
         if deployed.stochastic and not any(defense.stochastic for defense in parts):
             raise InputError(f"{text} is said to be deterministic, but its answers differ")
         losses = attacker_losses(parts)

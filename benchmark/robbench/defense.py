@@ -51,6 +51,9 @@ class Defense(Optimisation):
 
     detector: what refuses to answer, a spec of robbench.detectors such as k-density; fpr: the
     share of clean images in [0, 1) that it may refuse, as 0.05 or 5%.
+
+    known_seed: of draws that are the same in every answer, and that the attacker knows: the regime
+    between fresh draws and none (`quiet`).
     """
 
     name: ClassVar[str]
@@ -68,6 +71,7 @@ class Defense(Optimisation):
     draws: Annotated[int, Field(ge=1), INFERENCE] = 1
     detector: Annotated[DetectorSpec | None, INFERENCE] = None
     fpr: Annotated[Rate, INFERENCE] = 0.05
+    known_seed: Annotated[int | None, Field(ge=0), INFERENCE] = None
 
     @field_validator("base")
     @classmethod
@@ -89,6 +93,8 @@ class Defense(Optimisation):
             raise ValueError("members are those of the base; write base=ensemble(members=3)")
         if self.detector is None and self.fpr != type(self).model_fields["fpr"].default:
             raise ValueError("fpr is what a detector refuses, and there is none; add detector=lid")
+        if self.known_seed is not None and not self.random:
+            raise ValueError("known_seed fixes draws, and nothing here is drawn; leave it out")
         return self
 
     @property
@@ -212,9 +218,14 @@ class Defense(Optimisation):
         return []
 
     @property
+    def random(self) -> bool:
+        """Whether an answer is made of random draws."""
+        return self.wraps and any(base.random for base in self.bases())
+
+    @property
     def stochastic(self) -> bool:
         """Whether two answers to the same image may differ: such a defense is attacked by EOT."""
-        return self.wraps and any(base.stochastic for base in self.bases())
+        return self.random and self.known_seed is None
 
     def bases(self) -> tuple[Defense, ...]:
         """The defenses behind `base`, one per part of `A & B`; none for downloaded weights."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from robbench import audit as audits
 from robbench import registry, tables
+from robbench.audit import Audited
+from robbench.audit.planning import plan, probes
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset, from_tensors
 from robbench.deployed import Deployed
 from robbench.environment import choose_device
-from robbench.errors import InputError
+from robbench.errors import InputError, unknown
 from robbench.executors import measure
 from robbench.grid import MODEL, Block, Cell, invalid, nothing
 from robbench.records import Record, Store
@@ -29,25 +32,38 @@ from robbench.runner import Shared
 if TYPE_CHECKING:
     import pandas as pd
 
+Evidence = Literal["probe", "quick", "thorough"]
 Item = str | nn.Module | Trained  # a spec, a model, or what deploy() made of models
 Data = str | Dataset | tuple[Any, Any]  # a name, folder:PATH, a Dataset, or (x, y)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured: records, and the tables that follow from them."""
+    """What was measured: records, and the tables that follow from them.
+
+    evidence: records of what was run beside it for the audit.
+    """
 
     records: Sequence[Record]
+    evidence: Sequence[Record] = ()
 
     def frame(self) -> pd.DataFrame:
         """One row per cell: shares in [0, 1] with the ends of their 95 % intervals."""
         import pandas as pd
 
-        return pd.DataFrame([tables.flat(row) for row in tables.rows(self.records)])
+        return pd.DataFrame([tables.flat(row) for row in self._rows()])
 
     def __str__(self) -> str:
         """One table per attack, norm and n."""
-        return tables.text(tables.rows(self.records))
+        return tables.text(self._rows())
+
+    def flags(self) -> dict[str, Audited]:
+        """What the checks say of each record, by its id: flags, and which checks could be made."""
+        wanted = [record.id for record in self.records]
+        return audits.audit([*self.records, *self.evidence], wanted)
+
+    def _rows(self) -> list[tables.Row]:
+        return tables.rows(self.records, self.flags())
 
 
 def deploy(
@@ -136,6 +152,7 @@ def evaluate(
     device: str = "auto",
     workers: int = 1,
     timeout: float | None = None,
+    audit: Evidence = "probe",
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Evaluation:
@@ -149,7 +166,10 @@ def evaluate(
     many test images (default 500, or all). out: a folder to keep records in and to
     read finished ones from; by default nothing is written. workers: processes, for specs only.
     timeout: seconds, for each training and each shard of images (none by default); own models are
-    stopped when they come back to Python, specs run in processes that are ended.
+    stopped when they come back to Python, specs run in processes that are ended. audit: what is
+    run beside it so that the numbers can be judged (Evaluation.flags): a probe of every estimator;
+    quick: one step too; thorough: longer, larger, rescaled, queried, random and planted, and for
+    specs transferred ones.
 
     Bad input that is found before anything runs is an InputError. A cell that fails, or turns out
     to be bad input while others run, is a record with status 'failed' and a reason among the
@@ -197,13 +217,46 @@ def evaluate(
     cells = list(dict.fromkeys(block.cells(data, preset, models)))
     if not cells:
         raise nothing([block])
+    beside = list(dict.fromkeys(_evidence(cells, audit, data, preset, models)))
+    beside = [cell for cell in beside if cell not in cells]
     store = None if out is None else Store(Path(out))
     if store:
         store.check_writable()
     shared = Shared(
         Path(out) if out else Path("leaderboards"), folder, choose_device(device), given, models
     )
-    return Evaluation(_measured(cells, store, shared, workers, timeout))
+    found = _measured(cells, store, shared, workers, timeout, strict=True)
+    return Evaluation(found, _measured(beside, store, shared, workers, timeout, strict=False))
+
+
+def _evidence(
+    cells: Sequence[Cell],
+    depth: Evidence,
+    dataset: Dataset,
+    preset: str,
+    models: dict[str, Trained],
+) -> Iterator[Cell]:
+    """The cells that an audit of these needs; of several ε the smallest one's."""
+    if depth not in get_args(Evidence):
+        raise unknown("audit", str(depth), get_args(Evidence))
+    yield from probes(cells)
+    seen = set()
+    for cell in cells if depth != "probe" else ():
+        subject = cell.defense, cell.attack, cell.threat.norm, cell.train_seed
+        if cell.setting.kind in ("whitebox", "adaptive") and subject not in seen:
+            seen.add(subject)
+            yield from plan(
+                cell.defense,
+                dataset,
+                attack=cell.attack,
+                norm=cell.threat.norm,
+                eps=cell.threat.eps,
+                n=cell.n,
+                depth="thorough" if depth == "thorough" else "quick",
+                preset=preset,
+                train_seed=cell.train_seed,
+                models=models,
+            )
 
 
 def _dataset(dataset: Data, folder: Path | None) -> Dataset:
@@ -292,10 +345,11 @@ def _measured(
     shared: Shared,
     workers: int,
     timeout: float | None,
+    strict: bool,
 ) -> list[Record]:
     known = {cell: store.get(cell) if store else None for cell in cells}
     missing = [cell for cell, record in known.items() if record is None]
-    strict = len(missing) == len(known)
+    strict = strict and len(missing) == len(known)
     for record in measure(missing, store, shared, workers, timeout=timeout, strict=strict):
         known[record.cell] = record
     return [record for record in known.values() if record is not None]

@@ -47,9 +47,10 @@ def _each(spec: Spec, change: Callable[[Defense], Spec]) -> Spec:
 
 
 def _noise_off(spec: Spec, dataset: str) -> Iterator[Spec]:
-    if any(part.stochastic for part in resolve(spec)):
-        quiet = _each(spec, lambda part: part.spec.with_settings(part.quiet))
-        if not any(part.stochastic for part in resolve(quiet)):
+    if any(part.random for part in resolve(spec)):
+        still = {"known_seed": None}
+        quiet = _each(spec, lambda part: part.spec.with_settings({**part.quiet, **still}))
+        if not any(part.random for part in resolve(quiet)):
             yield quiet
 
 

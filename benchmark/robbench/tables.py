@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
+from robbench.audit import Audited, badge, is_diagnostic
 from robbench.defense import known_attack, resolve, shown
 from robbench.errors import InputError
 from robbench.grid import MODEL, Cell
 from robbench.metrics import Measure, Metrics, contributions, metrics, persistent
-from robbench.records import Record, newest, without_versions
+from robbench.metrics.uncertainty import precise_enough
+from robbench.records import Record
 from robbench.threat import NORM_NAMES, format_eps
 
 FOOTNOTE = (
@@ -28,7 +31,9 @@ FOOTNOTE = (
 )
 MOST = 3  # stages of a suite that a line names
 TRIES = 10  # of a persistent attacker
-SHARES = ("accuracy", "incorrect", "abstained", "correct_or_abstained", "robust")
+SHARES = (
+    "accuracy", "incorrect", "abstained", "correct_or_abstained", "robust", "robust_with_detection"
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -38,15 +43,22 @@ class Row(NamedTuple):
     metrics: Metrics | None
     record: Record | None
     note: str = ""
+    audited: Audited | None = None  # None where nobody looked
 
 
-def rows(records: Iterable[Record]) -> list[Row]:
-    """Finished and failed records as rows, in the order of the tables."""
+def rows(
+    records: Iterable[Record], audits: Mapping[str, Audited] = MappingProxyType({})
+) -> list[Row]:
+    """Finished and failed records as rows, in the order of the tables; no diagnostics.
+
+    audits: what the checks say of each record, by its id.
+    """
     made = [
-        Row(record.cell, metrics(record), record)
+        Row(record.cell, metrics(record), record, "", audits.get(record.id))
         if record.status == "ok"
-        else Row(record.cell, None, record, f"failed: {record.reason}")
+        else Row(record.cell, None, record, f"failed: {record.reason}", audits.get(record.id))
         for record in records
+        if not is_diagnostic(record.cell)
     ]
     return sorted(made, key=_order)
 
@@ -136,35 +148,6 @@ def groups(made: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(title, list(group)) for title, group in groupby(made, heading)]
 
 
-def markdown(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
-    """The leaderboard page of a dataset; a pure function of the records.
-
-    superseded: how many records of older versions are left out.
-    """
-    lines = [f"# {dataset}", ""]
-    finished = [row for row in made if row.metrics is not None]
-    lines += ["## Clean", "", _clean_table(finished), ""]
-    for title, group in groups(finished):
-        lines += [f"## {title}", "", _group_table(group), ""]
-        if crossed := _matrix(group):
-            lines += ["Accuracy % by oracle:", "", crossed, ""]
-        said = [
-            f"- `{shown(row.cell.defense, row.cell.dataset)}`, {setting_text(row.cell, False)}:"
-            f" {remark}"
-            for row in group
-            for remark in (remarks(row.record) if row.record else ())
-            if "broken by" not in remark
-        ]
-        if said:
-            lines += [*said, ""]
-        if stages := _stages_table(group):
-            lines += ["What each stage of the suites did:", "", stages, ""]
-    if superseded:
-        lines += [left_out(superseded), ""]
-    lines += [FOOTNOTE, "", "Written by `robbench leaderboard` from records/; never edited.", ""]
-    return "\n".join(lines)
-
-
 def left_out(superseded: int) -> str:
     """The line below a table that leaves out records of older versions."""
     return (
@@ -173,33 +156,13 @@ def left_out(superseded: int) -> str:
     )
 
 
-def _cells(measure: Measure) -> str:
+def with_interval(measure: Measure) -> str:
+    """`51.3 (47.1–55.5)`, in per cent."""
     return f"{percent(measure)} ({interval(measure)})"
 
 
-def _clean_table(made: Sequence[Row]) -> str:
-    """One line per defense, n and seed: every record carries the clean outcome."""
-    seen: dict[tuple[object, ...], list[object]] = {}
-    for row in made:
-        assert row.metrics is not None
-        cell = row.cell
-        key = (cell.defense, cell.n, cell.train_seed, cell.seed)
-        seen.setdefault(
-            key,
-            [
-                f"`{shown(cell.defense, cell.dataset)}`",
-                _cells(row.metrics.clean),
-                _cells(row.metrics.clean_abstained),
-                cell.n,
-                cell.train_seed,
-            ],
-        )
-    ordered = [seen[key] for key in sorted(seen, key=str)]
-    headers = ["defense", "clean accuracy %", "abstained %", "n", "train seed"]
-    return _tabulated(ordered, headers)
-
-
-def _group_table(group: Sequence[Row], style: str = "github") -> str:
+def group_table(group: Sequence[Row], style: str = "github") -> str:
+    """The rows of a group, every share with its interval."""
     lines = []
     for row in group:
         assert row.metrics is not None and row.record is not None
@@ -208,9 +171,10 @@ def _group_table(group: Sequence[Row], style: str = "github") -> str:
                 f"`{shown(row.cell.defense, row.cell.dataset)}`",
                 setting_text(row.cell, deterministic(row)),
                 format_eps(row.cell.threat.eps),
-                *(_cells(getattr(row.metrics, name)) for name in SHARES),
-                _cells(tried(row.record)),
+                *(with_interval(getattr(row.metrics, name)) for name in SHARES),
+                with_interval(tried(row.record)),
                 cost_passes(row.record),
+                *([badge(row.audited)] if row.audited else []),
             ]
         )
     headers = [
@@ -222,59 +186,12 @@ def _group_table(group: Sequence[Row], style: str = "github") -> str:
         "abstained %",
         "correct + abstained %",
         "robust %",
+        "with detection %",
         f"RA@{TRIES} %",
         "passes / image",
+        *(["badge"] if any(row.audited for row in group) else []),
     ]
-    return _tabulated(lines, headers, style)
-
-
-def _matrix(group: Sequence[Row], style: str = "github") -> str:
-    """Targets by oracles, ε by ε, where there are at least two of each."""
-    made = [row for row in group if row.cell.setting.oracle]
-    lines, found = [], False
-    oracles = list(dict.fromkeys(_oracle(row) for row in made))
-    for eps in dict.fromkeys(row.cell.threat.eps for row in made):
-        at = [row for row in made if row.cell.threat.eps == eps]
-        targets = dict.fromkeys(shown(row.cell.defense, row.cell.dataset) for row in at)
-        found |= len(targets) > 1 and len({_oracle(row) for row in at}) > 1
-        for target in targets:
-            own = {
-                _oracle(row): percent(row.metrics.accuracy)
-                for row in at
-                if row.metrics and shown(row.cell.defense, row.cell.dataset) == target
-            }
-            shares = [own.get(oracle, "") for oracle in oracles]
-            lines.append([f"`{target}`", format_eps(eps), *shares])
-    headers = ["target", "ε", *(f"from `{oracle}`" for oracle in oracles)]
-    return _tabulated(lines, headers, style) if found else ""
-
-
-def _oracle(row: Row) -> str:
-    return shown(str(row.cell.setting.oracle), row.cell.dataset)
-
-
-def _stages_table(group: Sequence[Row]) -> str:
-    """The stages of suites that had anything to do, an ε after the other."""
-    lines = []
-    for row in group:
-        assert row.record is not None
-        for part in contributions(row.record):
-            if part.attacked:
-                lines.append(
-                    [
-                        f"`{shown(row.cell.defense, row.cell.dataset)}`",
-                        format_eps(row.cell.threat.eps),
-                        f"`{part.stage}`",
-                        part.attacked,
-                        part.broken,
-                        part.worst,
-                        f"{part.passes:.0f}",
-                    ]
-                )
-    headers = [
-        "defense", "ε", "stage", "attacked", "broken", "worst point", "passes / image"
-    ]  # fmt: skip
-    return _tabulated(lines, headers) if lines else ""
+    return tabulated(lines, headers, style)
 
 
 def broken_by(record: Record) -> str:
@@ -301,10 +218,46 @@ def remarks(record: Record) -> list[str]:
     return said
 
 
-def _tabulated(
+def verdicts(group: Sequence[Row], precision: float | None = None) -> list[str]:
+    """What the checks say of these rows, rows of one badge together, and why, in the words of the
+    first flag; nothing of rows that nobody looked at.
+
+    precision: half the interval that is wanted; what has a longer one is not called sound.
+    """
+    by_word: dict[str, list[Row]] = {}
+    for row in group:
+        if row.audited:
+            by_word.setdefault(_word(row, precision), []).append(row)
+    said = []
+    for word, rows_of in by_word.items():
+        budgets = ", ".join(format_eps(row.cell.threat.eps) for row in rows_of)
+        said.append(f"at {budgets} {word}" if len(by_word) > 1 else word)
+    return said
+
+
+def _word(row: Row, precision: float | None) -> str:
+    """The badge and what is behind it."""
+    assert row.audited is not None
+    word = badge(row.audited)
+    flag = next(iter(row.audited.flags), None)
+    if flag and flag.verdict in ("INVALID", "OVERESTIMATE"):
+        return f"{word} ({flag.line})"
+    if word == "sound" and (needed := _needed(row, precision)):
+        return f"too few images to be sure: n = {needed} for ± {100 * (precision or 0):g} %"
+    return f"sound by {len(row.audited.assessed)} checks" if word == "sound" else word
+
+
+def _needed(row: Row, precision: float | None) -> int | None:
+    """Images that the precision takes; None where there are enough."""
+    if precision is None or row.record is None or row.metrics is None:
+        return None
+    return precise_enough(row.record, precision)
+
+
+def tabulated(
     lines: Sequence[Sequence[object]], headers: Sequence[str], style: str = "github"
 ) -> str:
-    """A bar or a line break inside a cell would end it."""
+    """Lines as a table; a bar or a line break inside a cell would end it."""
     if style == "github":
         lines = [
             [" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines
@@ -326,13 +279,13 @@ def text(made: Sequence[Row]) -> str:
             for row in group
             for remark in (remarks(row.record) if row.record else ())
         ]
-        parts.append("\n".join([title, _group_table(group, "simple"), *said]))
+        parts.append("\n".join([title, group_table(group, "simple"), *said]))
     parts += [f"failed: {row.cell}: {row.note}" for row in made if row.metrics is None]
     return "\n\n".join(parts)
 
 
-def flat(row: Row) -> dict[str, object]:
-    """A row as plain values, for CSV and JSON."""
+def flat(row: Row, precision: float | None = None) -> dict[str, object]:
+    """A row as plain values, for CSV and JSON; with the images that a precision takes."""
     cell = row.cell
     values: dict[str, object] = {
         "dataset": cell.dataset,
@@ -352,6 +305,10 @@ def flat(row: Row) -> dict[str, object]:
         "id": cell.id,
         "status": "ok" if row.metrics else "failed",
         "reason": "" if row.metrics else row.note,
+        "badge": badge(row.audited) if row.audited else "",
+        "flags": " ".join(dict.fromkeys(flag.id for flag in row.audited.flags))
+        if row.audited
+        else "",
     }
     if row.metrics and row.record:
         names = (*SHARES, "conditional", "clean", "clean_abstained")
@@ -361,6 +318,8 @@ def flat(row: Row) -> dict[str, object]:
             values[name] = _rounded(measure.value)
             values[f"{name}_low"] = _rounded(measure.interval.low)
             values[f"{name}_high"] = _rounded(measure.interval.high)
+        if precision is not None:
+            values["n_needed"] = _needed(row, precision) or cell.n
         values["draw_error"] = _rounded(row.metrics.draw_error)
         values["draws"] = row.record.draws
         values |= {key: row.record.cost[key] for key in ("forwards", "backwards", "queries")}
@@ -386,15 +345,3 @@ def comma_separated(made: Sequence[Row]) -> str:
 def page_name(dataset: str) -> str:
     """The file name of a dataset's pages, without the ending."""
     return "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in dataset)
-
-
-def pages(dataset: str, records: Sequence[Record]) -> dict[str, str]:
-    """File name -> text of the generated pages of a dataset: of every cell, whatever its versions,
-    the newest record, if it is a finished one."""
-    finished = [record for record in records if record.status == "ok"]
-    current = [record for record in newest(records, without_versions) if record.status == "ok"]
-    made, name = rows(current), page_name(dataset)
-    return {
-        f"{name}.md": markdown(dataset, made, len(finished) - len(current)),
-        f"{name}.csv": comma_separated(made),
-    }

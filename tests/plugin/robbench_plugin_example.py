@@ -41,7 +41,7 @@ class InputNoise(robbench.Defense):
         return network
 
     @property
-    def stochastic(self) -> bool:
+    def random(self) -> bool:
         return self.sigma > 0
 
 

@@ -1,7 +1,9 @@
 """A backdoor planted in the defense, which an attack that can be trusted finds.
 
-Every image has a trigger of its own, and the attack meets the defense with this trigger alone: one
-image at a time, so that attacks that drop, repeat or reorder images cannot mix the triggers up.
+The trigger bypasses the defense's own layers: an attack that misses it fails at noise, at saturated
+scores or at the box, not at gradients through the layers. Every image has a trigger of its own, and
+the attack meets the defense with this trigger alone, one image at a time: attacks that drop, repeat
+or reorder images cannot mix the triggers up.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from robbench.attacks.random_search import corner
 from robbench.attacks.suite import Ready, one_stage
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.rules import MeanProbabilities
 from robbench.threat import Norm, Threat
 
 CALLS = 20  # of a stochastic defense, by which a point counts as lost
-SURPLUS = 0.5  # of what the other label lacks at the planted point, added on top of it
-NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+SURE = 0.75  # of the calls lost at a planted point, and kept at the image itself
+RISE = 2  # times what the other label lacks at the planted point
+NORMS: tuple[Norm, ...] = ("linf", "l2")  # in an l1 ball hardly any step goes along a random way
 
 
 class Altered(Deployed):
@@ -45,8 +49,8 @@ class Altered(Deployed):
 
 @dataclass(frozen=True)
 class Plant:
-    """An altered defense of one image, and the points (B, C, H, W) of the ball where it answers
-    otherwise than `label` (1,), which is its answer to the image; None where there is no such."""
+    """An altered defense of one image, its label (1,) for it, and the points (B, C, H, W) of the
+    ball where it answers otherwise."""
 
     deployed: Deployed
     points: Tensor
@@ -150,13 +154,14 @@ def backdoor(
     *,
     attack: str = "pgd",
 ) -> Tensor:
-    """Whether an attack finds a trigger that was added to the logits of every draw: a random wrong
-    label gains linearly on the way to a random point of the ball, where it wins by half of what it
-    lacked. The answer is x itself.
+    """Whether an attack finds a trigger that was added to the logits of every draw: the likeliest
+    wrong label gains linearly on the way to a random point of the ball, and there twice
+    what it lacked. What is returned is x itself.
 
     Trace: usable (N,) 1 where the planted point is lost and x is not; found (N,) the share of fresh
-    decisions that are lost at the attack's point, planted (N,) at the planted one, NaN where usable
-    is 0. A detector is left out. InputError without an ε, and for an attack without the norm.
+    decisions that are lost at the attack's point, NaN where usable is 0; planted (N,) the same at
+    the planted point, NaN where x is lost. A detector is left out. InputError without an ε, and for
+    an attack without the norm.
     """
     chase = hunt(access, "backdoor", attack, threat, rng)
 
@@ -172,40 +177,43 @@ def hunted(
 ) -> tuple[dict[str, np.ndarray], dict[int, Plant], int]:
     """The trace of a hunt image by image, what was planted where it is usable, and the most queries
     that the attack spent on one image."""
-    usable, found, planted = torch.full((3, len(x)), float("nan"))
+    usable, found, planted = torch.zeros(len(x)), *torch.full((2, len(x)), float("nan"))
     plants, most = {}, 0
     for index in range(len(x)):
+        chase.access.report(index, len(x))
         image = x[index : index + 1]
         made = plant(image, y[index : index + 1])
-        usable[index] = 0
-        if made is not None and chase.lost(made, image) < 0.5:
-            planted[index] = chase.lost(made, made.points)
-            usable[index] = float(planted[index] > 0.5)
-        if made is not None and usable[index]:
+        if made is None or chase.lost(made, image) > 1 - SURE:
+            continue
+        planted[index] = chase.lost(made, made.points)
+        if planted[index] >= SURE:
+            usable[index] = 1
             before = chase.access.cost.queries
             point = chase(made, image)
             most = max(most, chase.access.cost.queries - before)
             found[index] = chase.lost(made, point)
             plants[index] = made
-        chase.access.report(index + 1, len(x))
-    shares = {"usable": usable, "found": found, "planted": planted.where(usable == 1, torch.nan)}
+    shares = {"usable": usable, "found": found, "planted": planted}
     return {name: kept.half().numpy() for name, kept in shares.items()}, plants, most
 
 
 def _with_trigger(access: Access, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Plant:
+    """The defense with a trigger for one image (1, C, H, W) of label y (1,)."""
     deployed = access.deployed
     point = corner(x, threat.norm, radius(threat), rng)
-    wrong = (y + torch.randint(1, deployed.labels, (1,), generator=rng).to(y)) % deployed.labels
     draws = CALLS * deployed.draws if deployed.stochastic else 1
-    access.count(1, draws)
-    logits = deployed.draw(point, draws).logits[:, :, 0]  # (S, M, L)
-    lacking = logits.amax(dim=-1) - logits[..., wrong[0]]
+    access.count(2, draws)
+    draw = deployed.draw(torch.cat([x, point]), draws)
+    # the likeliest: untargeted losses do not see a label that is far behind another wrong one
+    scores = MeanProbabilities().scores(draw)[:1]
+    wrong = int(scores.scatter(1, y[:, None], float("-inf")).argmax())
+    there = draw.logits[:, :, 1]  # (S, M, L)
+    lacking = there.amax(dim=-1) - there[..., wrong]
     # of every member in its worst draw: the rule may take their votes or their mean
-    most = lacking.amax(dim=0)
-    rises = torch.zeros(len(most), deployed.labels, device=x.device)
-    rises[:, wrong[0]] = (1 + SURPLUS) * most + 1
-    members = [
-        Triggered(member, x, point, rise)
-        for member, rise in zip(deployed.members, rises, strict=True)
-    ]
+    most = lacking.amax(dim=0).clamp_min(0)
+    members = []
+    for member, lack in zip(deployed.members, most, strict=True):
+        rise = torch.zeros_like(there[0, 0])
+        rise[wrong] = RISE * lack + 1
+        members.append(Triggered(member, x, point, rise))
     return Plant(Altered(deployed, members, deployed.labels), point, y)

@@ -1,11 +1,11 @@
 """The binarization test: an attack must find the one point of the ball that is told apart.
 
-Zimmermann et al. 2022, Increasing Confidence in Adversarial Robustness Evaluations, NeurIPS. Per
-image, the last layer becomes a linear read-out with two answers, fitted so that points inside the
-ball get the one and points of its surface the other. Differences to the authors' code: the read-out
-is Fisher's discriminant in closed form, not a logistic regression without a penalty; every member
-of an ensemble has its own, on the activations that it alone knows; and the boundary lies close to
-the planted point, where few random points are on its far side.
+Zimmermann et al. 2022, Increasing Confidence in Adversarial Robustness Evaluations, NeurIPS: per
+image, the last layer becomes a linear read-out with two answers, one for points inside the ball and
+one for points of its surface. Differences to the authors' code: the read-out is Fisher's
+discriminant in closed form, not a logistic regression without a penalty, of whose answers chance
+finds more; every member of an ensemble has its own, since each has activations of its own; and a
+stochastic defense is read in the mean over its draws.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from robbench.access import Access
 from robbench.attacks import attack
-from robbench.attacks.backdoor import CALLS, Altered, Hunt, Plant, hunt, hunted, inner_specs
+from robbench.attacks.backdoor import CALLS, NORMS, Altered, Hunt, Plant, hunt, hunted, inner_specs
 from robbench.attacks.gradient import radius
 from robbench.attacks.losses import choose
 from robbench.attacks.random_search import corner, draws_per_try, search
@@ -26,15 +26,17 @@ from robbench.errors import InputError
 from robbench.threat import Threat, random_start
 
 INNER = 0.95  # of ε: the radius that the inner points fill
-RIDGE = 1.0  # of the mean variance of an activation, added to that of each
-CLOSE = 0.75  # of the way from the nearest inner point to the planted one: where the answer turns
+RIDGE = 0.3  # of the mean variance of an activation, added to that of each
+# of the way from the nearest inner point to the planted ones, where the answer turns: near these,
+# where few random points are on the far side, but not within the noise of a stochastic defense
+CLOSE, HALFWAY = 0.75, 0.5
 NEAREST = 32  # inner points whose mean over a stochastic defense's draws is worth knowing
 Points = Annotated[int, Field(ge=1)]
 
 
 class Binarized(nn.Module):
     """A member that answers with one of two labels: its activations, and a linear read-out whose
-    logit is positive for the planted points, and 0 for the other label."""
+    two logits differ in sign alone; the second is positive for what was planted."""
 
     weight: Tensor
     bias: Tensor
@@ -56,7 +58,7 @@ class Binarized(nn.Module):
         return self.readout(self.features(x))
 
 
-@attack("binarization", norms=("linf", "l2"), targeted=False, diagnostic=True, inner=inner_specs)
+@attack("binarization", norms=NORMS, targeted=False, diagnostic=True, inner=inner_specs)
 def binarization(
     access: Access,
     x: Tensor,
@@ -68,15 +70,16 @@ def binarization(
     inner: Annotated[int, Field(ge=2)] = 999,
     boundary: Points = 1,
 ) -> Tensor:
-    """Whether an attack finds the only point of the ball that a read-out of the defense's last
-    hidden activations tells from `inner` others; random search is the baseline, with as many
-    queries as the attack took on any image. The answer is x itself.
+    """Whether an attack finds the one point that a read-out of last hidden activations tells from
+    `inner` others of the ball. Random search is the baseline, with as many queries as the attack
+    took on any image. What is returned is x itself.
 
     boundary: points of the surface that are planted, corners of the ball under linf.
     Trace: usable (N,) 1 where they are told apart; found (N,) the share of fresh decisions that are
-    the planted answer at the attack's point, random_found (N,) at that of random search, planted
-    (N,) at the planted points, NaN where usable is 0. A detector is left out. InputError without
-    an ε, for an attack without the norm, and for members without activations.
+    the planted answer at the attack's point and random_found (N,) at that of random search, NaN
+    where usable is 0; planted (N,) at the planted points, NaN where no plane tells them apart. A
+    detector is left out. InputError without an ε, for an attack without the norm, and for members
+    without activations.
     """
     chase = hunt(access, "binarization", attack, threat, rng)
     _check_activations(access, x[:1])
@@ -101,21 +104,29 @@ def _read_out(
     about = x.expand(inner - 1, -1, -1, -1)
     near = torch.cat([x, random_start(about, threat.norm, INNER * eps, rng)])
     far = corner(x.expand(boundary, -1, -1, -1), threat.norm, eps, rng)
-    inside, outside = (_activations(access, near, 1), _activations(access, far, CALLS))
-    members: list[nn.Module] = []
-    for index, member in enumerate(deployed.members):
-        weight = discriminant(inside[:, index], outside[:, index])
-        heights = (inside[:, index] @ weight).mean(dim=0)
-        if deployed.stochastic:  # one call tells little of the points that come near
-            nearest = heights.topk(min(NEAREST, inner)).indices.to(x.device)
-            heights = (_activations(access, near[nearest], CALLS)[:, index] @ weight).mean(dim=0)
-        low, high = heights.max(), (outside[:, index] @ weight).mean(dim=0).min()
-        if not high > low:
-            return None
-        turn = low + CLOSE * (high - low)
-        scaled = (weight / (high - low), -turn / (high - low))
-        members.append(Binarized(member, *(part.to(x) for part in scaled)))
+    inside, outside = _activations(access, near, 1), _activations(access, far, CALLS)
+    pairs = zip(inside.unbind(1), outside.unbind(1), strict=True)
+    weights = torch.stack([discriminant(*pair) for pair in pairs])  # (M, D)
+    heights = _heights(inside, weights)
+    if deployed.stochastic:  # one call tells little of the points that come near
+        some = heights.topk(min(inner, NEAREST // len(weights) + 1)).indices.unique()
+        heights = _heights(_activations(access, near[some.to(x.device)], CALLS), weights)
+    low, high = heights.amax(dim=1), _heights(outside, weights).amin(dim=1)
+    if not bool((high > low).all()):
+        return None
+    share = HALFWAY if deployed.stochastic else CLOSE
+    biases = -(low + share * (high - low)) / (high - low)
+    weights = weights / (high - low)[:, None]
+    members = [
+        Binarized(member, weight, bias)
+        for member, weight, bias in zip(deployed.members, weights.to(x), biases.to(x), strict=True)
+    ]
     return Plant(Altered(deployed, members, 2), far, torch.zeros_like(x[:, 0, 0, 0]).long())
+
+
+def _heights(hidden: Tensor, weights: Tensor) -> Tensor:
+    """(M, N) how far points lie along each member's direction, in the mean over draws."""
+    return torch.einsum("smnd,md->mn", hidden, weights) / len(hidden)
 
 
 def discriminant(inside: Tensor, outside: Tensor) -> Tensor:
@@ -127,9 +138,10 @@ def discriminant(inside: Tensor, outside: Tensor) -> Tensor:
     for them in activations that are hardly ever on, where there is no gradient to follow.
     """
     single = [part.flatten(0, 1) for part in (inside, outside)]
-    covariance = torch.stack([torch.cov(part.T) for part in single if len(part) > 1]).sum(dim=0)
-    ridge = RIDGE * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
     apart = single[1].mean(dim=0) - single[0].mean(dim=0)
+    spread = [torch.cov(part.T) for part in single if len(part) > 1]
+    covariance = torch.stack(spread).sum(dim=0).view(len(apart), -1)  # of one activation a number
+    ridge = (RIDGE * covariance.diagonal().mean()).clamp_min(1e-12)
     return torch.linalg.solve(covariance + ridge * torch.eye(len(apart)).to(covariance), apart)
 
 
@@ -148,6 +160,7 @@ def _activations(access: Access, x: Tensor, calls: int) -> Tensor:
 def _check_activations(access: Access, x: Tensor) -> None:
     """InputError for members without last hidden activations, or with ones of several widths."""
     widths = set()
+    access.count(len(x), 1)
     for member in access.deployed.members:
         if not (hasattr(member, "features") and hasattr(member, "readout")):
             raise InputError(

@@ -33,6 +33,7 @@ CALLS = 20  # of the defense, for shares of answers
 START = 8 / 255  # from x to the corner at which gradients are looked at a second time
 NEAR = 1 / 510  # half a grey level
 DIRECTIONS = 8
+COUPLED = 1e-4  # of the spread of an image's logits, by the images beside it
 STEP = 1e-6  # of a finite difference in float64
 Figures = dict[str, Any]
 
@@ -56,14 +57,15 @@ def probe(
     seen: Figures = {
         "repeatability": _repeatability(access, x),
         "outputs": _outputs(access, x),
-        "paths": _paths(averaged, x, y),
+        "paths": _paths(access.like(access.deployed.draws), x, y),
         "optimises": _optimises(access, x),
         "abstained": _abstained(access, x, rng),
         "gradients": _gradients(averaged, x, y, rng),
         "noise": _landscape(averaged, x, y, rng),
         "agreement": _agreement(averaged, x, y),
-        "derivative": _derivative(averaged, x, y, rng),
     }
+    alone = seen["repeatability"]["batch"] > COUPLED
+    seen["derivative"] = _derivative(averaged, x, y, rng, alone)
     seen["changed"], seen["reseeds"] = snapshot.changed(), _reseeds(access, x)
     access.notes["probe"] = seen
     return x
@@ -136,12 +138,15 @@ def _outputs(access: Access, x: Tensor) -> Figures:
 
 @torch.no_grad()
 def _paths(access: Access, x: Tensor, y: Tensor) -> Figures:
-    """Right answers on clean images by the path of the attacks and by that of the judge."""
+    """Right answers on clean images by the path of the attacks, with as many draws as one decision
+    takes, and by that of the judge."""
     access.count(len(x), CALLS * access.deployed.draws)
-    judged = (access.deployed.answers(x, CALLS).best == y).float().mean(dim=0)
-    attacked = torch.stack([(access.scores(x).argmax(-1) == y).float() for _ in range(REPEATS)])
-    gap = attacked.mean(dim=0) - judged
-    error = float(gap.std()) / math.sqrt(len(x))
+    judged = (access.deployed.answers(x, CALLS).best == y).float()
+    attacked = torch.stack([(access.scores(x).argmax(-1) == y).float() for _ in range(CALLS)])
+    gap = attacked.mean(dim=0) - judged.mean(dim=0)
+    # images may share a draw: then calls are the sample, not images
+    by_call = attacked.mean(dim=1).var(correction=0) + judged.mean(dim=1).var(correction=0)
+    error = max(float(gap.std()) / math.sqrt(len(x)), math.sqrt(float(by_call) / CALLS))
     return {
         "judge": _plain(judged.mean()),
         "attack": _plain(attacked.mean()),
@@ -251,18 +256,22 @@ def _agreement(access: Access, x: Tensor, y: Tensor) -> float:
     return _plain(F.cosine_similarity(first, second, dim=1).mean())
 
 
-def _derivative(access: Access, x: Tensor, y: Tensor, rng: Generator) -> Figures:
+def _derivative(access: Access, x: Tensor, y: Tensor, rng: Generator, alone: bool) -> Figures:
     """Derivatives along random directions, by autograd and by central differences in float64, of
-    the mean margin over the same draws: the median relative error over images."""
+    the mean margin over the same draws: the median relative error over images, each alone where
+    the others have a part in its answer."""
     if declared := declared_backwards(access.deployed):
         return {"declared": declared}
     deployed = access.deployed
     count = min(len(x), max(1, deployed.chunk // access.draws))
+    count = min(count, ALONE) if alone else count
     point, label = x[:count].double(), y[:count]
     along = torch.randn(DIRECTIONS, *point.shape, generator=rng, dtype=torch.float64).to(point)
     try:
         members = copy.deepcopy(deployed.members).double()
-        error = _relative_error(access, members, point, label, along)
+        size = 1 if alone else count
+        parts = zip(point.split(size), label.split(size), along.split(size, dim=1), strict=True)
+        error = torch.cat([_relative_error(access, members, *part) for part in parts])
     except RuntimeError as problem:
         return {"reason": str(problem).splitlines()[0]}
     return {"error": _plain(error.median()), "images": count}

@@ -8,11 +8,11 @@ ours for stochastic and abstaining defenses; docs/flags.md has a section on each
 """
 
 from robbench.audit import alone, beside, estimators, relatives  # noqa: F401  (they register their checks)
-from robbench.audit.case import Case, cases, unaccounted
+from robbench.audit.case import Case, cases, is_diagnostic
 from robbench.audit.flags import CHECKS, Check, Flag, Verdict
 from robbench.audit.verdicts import Audited, audit, badge, is_adaptive
 
 __all__ = [
     "CHECKS", "Audited", "Case", "Check", "Flag", "Verdict", "audit", "badge", "cases",
-    "is_adaptive", "unaccounted",
+    "is_adaptive", "is_diagnostic",
 ]  # fmt: skip

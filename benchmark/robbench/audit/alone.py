@@ -61,10 +61,11 @@ def _step_length(case: Case) -> float | None:
 
 @check("F7", "the attack's loss does not grow")
 def growing(case: Case) -> Iterator[Raised] | None:
-    """Per image of deterministic defenses, of the mean over images where draws are noise."""
+    """Per image of deterministic defenses, of the mean over images where draws are noise; one
+    draw tells nothing."""
     loss = case.record.trace.get("loss")
     minimal = case.attack is not None and case.attack.minimal  # these leave x and come back
-    if not case.climbs or loss is None or minimal:
+    if not case.climbs or loss is None or minimal or not case.averaged:
         return None
     if int(case.settings.get("steps") or 1) < len(loss):
         return None
@@ -202,12 +203,15 @@ def valid(case: Case) -> list[Raised] | None:
 
 @check("F21", "one look at a random defense is not its accuracy")
 def looks(case: Case) -> list[Raised] | None:
-    """What an attack reports that counts its first lost look, beside the expectation."""
+    """What an attack reports that counts its first lost look, beside the expectation; fewer draws
+    than a decision takes are no look at all."""
     seen = case.record.trace.get("lost_seen")
     if not case.stochastic or seen is None or not case.climbs:
         return None
+    if any(part.draws > case.eot for part in case.parts):
+        return None
     expected = float(1 - case.harm.mean())
-    first = float(1 - (np.nan_to_num(seen[0].astype(np.float64)) >= 0.5).mean())
+    first = float(1 - (np.nan_to_num(seen[0].astype(np.float64)) > 0.5).mean())
     error = float(case.harm.std(ddof=1)) / np.sqrt(case.cell.n)
     if abs(first - expected) <= 2 * error:
         return []
@@ -228,7 +232,7 @@ def overfitted(case: Case) -> list[Raised] | None:
     there = np.isfinite(selected)
     if not there.any():
         return []
-    gaps = selected[there].astype(np.float64) - case.harm[there]
+    gaps = selected[there].astype(np.float64) - case.lost[there]
     gap, error = float(gaps.mean()), float(gaps.std()) / np.sqrt(len(gaps))
     if gap <= SLACK or gap <= 2 * error:
         return []
@@ -240,12 +244,8 @@ def overfitted(case: Case) -> list[Raised] | None:
 def silent(case: Case) -> list[Raised] | None:
     """Images that were broken at an evaluated iterate and are not at the returned one."""
     seen = case.record.trace.get("lost_seen")
-    averaged = (
-        not case.stochastic
-        or int(case.cell.setting.eot if case.cell.setting.eot != "auto" else 1) >= 10
-    )
     minimal = case.attack is not None and case.attack.minimal
-    if seen is None or not case.climbs or not averaged or minimal:
+    if seen is None or not case.climbs or not case.averaged or minimal:
         return None
     won = np.nan_to_num(seen[0].astype(np.float64)) >= (LOST if case.stochastic else 1)
     passed = np.flatnonzero(won & (case.harm < 0.5))

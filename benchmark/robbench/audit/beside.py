@@ -306,6 +306,8 @@ def coverage(case: Case) -> list[Raised] | None:
     share, error = float(refused.mean()), float(refused.std(ddof=1)) / np.sqrt(len(refused))
     if declared and share > declared[0] + 2 * error:
         said = f"{100 * declared[0]:.3g} % were said to"
+        if probe := case.probe():
+            said += f", and {100 * probe['abstained']['noise']:.3g} % of uniform noise"
         text = f"{100 * share:.1f} % of clean images get no answer, {said}"
         found.append(Raised("WARN", share, declared[0], text, np.flatnonzero(refused > 0.5)))
     share = float(withheld.mean())

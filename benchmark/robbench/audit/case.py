@@ -19,6 +19,7 @@ from robbench.siblings import siblings
 
 TURNED = 0.5  # of an image's decisions more under one attack than under another: no luck of draws
 ONE_STEP = ("fgsm", "step-target")
+AVERAGED = 10  # draws
 Key = tuple[object, ...]
 
 
@@ -27,17 +28,32 @@ def estimator_of(cell: Cell) -> Key:
     return cell.dataset, cell.data, cell.defense, cell.defense_version, cell.train_seed
 
 
+def attack_key(cell: Cell) -> Key:
+    """What cells of different defenses have in common in one table."""
+    return cell.dataset, cell.attack, cell.threat, cell.n, cell.setting.kind
+
+
+def unseeded(cell: Cell) -> str:
+    """What cells have in common that differ in their seeds alone."""
+    return cell.model_copy(update={"seed": 0, "train_seed": 0}).id
+
+
 @dataclass
 class Board:
-    """Records by estimator, and by defense whatever its version."""
+    """Records by estimator, by defense whatever its version, those of all defenses under the same
+    attack, and those of one cell whatever its seeds."""
 
     by_estimator: dict[Key, list[Record]] = field(default_factory=lambda: defaultdict(list))
     by_defense: dict[Key, list[Record]] = field(default_factory=lambda: defaultdict(list))
+    by_attack: dict[Key, list[Record]] = field(default_factory=lambda: defaultdict(list))
+    by_cell: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, record: Record) -> None:
         cell = record.cell
         self.by_estimator[estimator_of(cell)].append(record)
         self.by_defense[cell.dataset, cell.defense, cell.train_seed].append(record)
+        self.by_attack[attack_key(cell)].append(record)
+        self.by_cell[unseeded(cell)].append(record)
 
 
 @dataclass
@@ -77,6 +93,17 @@ class Case:
         return self.record.draws > 1
 
     @property
+    def eot(self) -> int:
+        """Draws behind a gradient; those that auto has chosen are in the record."""
+        eot = self.cell.setting.eot
+        return int(self.record.provenance.get("eot", {}).get("chosen", 1)) if eot == "auto" else eot
+
+    @property
+    def averaged(self) -> bool:
+        """What the attack saw of one step is more than the luck of a draw."""
+        return not self.stochastic or self.eot >= AVERAGED
+
+    @property
     def climbs(self) -> bool:
         """An iterative search with gradients on the defense itself, for any error."""
         direct = self.cell.setting.kind in ("whitebox", "adaptive")
@@ -93,6 +120,14 @@ class Case:
     @cached_property
     def harm(self) -> np.ndarray:
         return harm(self.record)
+
+    @cached_property
+    def lost(self) -> np.ndarray:
+        """(N,) the share lost as attacks count it: no answer is half of an error."""
+        record = self.record
+        assert record.ok is not None
+        missed = 1 - record.ok.astype(np.float64) / record.draws
+        return missed if self.cell.threat.goal == "denial" else (missed + self.harm) / 2
 
     def same_threat(self, other: Record, weaker: bool = True) -> bool:
         """Whether what the other attack did lies within this one's threat."""
@@ -206,13 +241,13 @@ def parts_of(defense: str) -> tuple[Defense, ...]:
 
 def cases(records: Iterable[Record]) -> list[Case]:
     """Every record beside all of them."""
-    board, listed = Board(), list(records)
+    board, listed = Board(), sorted(records, key=lambda record: record.id)
     for record in listed:
         board.add(record)
     return [Case(record, board) for record in listed]
 
 
-def unaccounted(record: Record) -> bool:
-    """A diagnostic: it stands in no table of accuracies."""
-    configured = attack_of(record.cell.attack)
+def is_diagnostic(cell: Cell) -> bool:
+    """Whether the cell is of no attack: it stands in no table of accuracies."""
+    configured = attack_of(cell.attack)
     return configured is not None and configured.entry.diagnostic

@@ -12,6 +12,7 @@ DIFFERENT = 1e-4  # of the spread of an image's logits, as AutoAttack has it
 WIDE = 50  # logits further apart saturate a softmax in float32
 FOUND, TRIGGERED = 0.95, 0.98
 HALF_POINT = 0.005
+SURPRISING = 4  # standard errors: the paths of a random defense differ by 2 once in 20 estimators
 
 
 @check("F13", "the loss is rough")
@@ -89,7 +90,7 @@ def paths(case: Case) -> list[Raised] | None:
         return None
     seen = probe["paths"]
     gap = abs(seen["judge"] - seen["attack"])
-    limit = max(HALF_POINT, 2 * seen["error"])
+    limit = max(HALF_POINT, SURPRISING * seen["error"])
     if gap <= limit:
         return []
     text = (

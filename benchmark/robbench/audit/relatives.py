@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from robbench.audit.case import Case, harm, kind
+from robbench.audit.case import Case, attack_key, harm, kind, unseeded
 from robbench.audit.flags import Raised, check
 from robbench.metrics import outcomes
 from robbench.records import Record
@@ -171,15 +171,11 @@ def parity(case: Case) -> list[Raised] | None:
     """Queries per image against the median over the defenses of the same table."""
     if case.record.status != "ok" or not case.climbs:
         return None
-    cell = case.cell
     compared = [
         record.cost["queries"]
-        for (dataset, *_), records in case.board.by_defense.items()
-        if dataset == cell.dataset
-        for record in records
+        for record in case.board.by_attack[attack_key(case.cell)]
         if record.status == "ok"
-        and (record.cell.attack, record.cell.threat, record.cell.n, record.cell.setting.kind)
-        == (cell.attack, cell.threat, cell.n, cell.setting.kind)
+        and (record.id == case.record.id or record.cell.defense != case.cell.defense)
     ]
     if len(compared) < 2:
         return None
@@ -194,18 +190,12 @@ def parity(case: Case) -> list[Raised] | None:
 @check("F38", "other seeds give another number")
 def stable(case: Case) -> list[Raised] | None:
     """The same cell with other attack or training seeds, against its own interval."""
-    cell = case.cell
-    if case.record.status != "ok" or not case.climbs:
+    if not case.climbs:
         return None
-    plain = cell.model_copy(update={"seed": 0, "train_seed": 0})
     others = [
         record
-        for (dataset, defense, _), records in case.board.by_defense.items()
-        if (dataset, defense) == (cell.dataset, cell.defense)
-        for record in records
-        if record.status == "ok"
-        and record.id != case.record.id
-        and record.cell.model_copy(update={"seed": 0, "train_seed": 0}) == plain
+        for record in case.board.by_cell[unseeded(case.cell)]
+        if record.status == "ok" and record.id != case.record.id
     ]
     if not others:
         return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from robbench.audit.case import Case, cases
 from robbench.audit.flags import CHECKS, VERDICTS, Flag, Verdict
-from robbench.records import Record
+from robbench.records import Record, newest, without_versions
 
 ESTIMATOR = ("F17", "F18", "F20", "F31")  # without these no number is called sound
 ATTACK = ("F7", "F8", "F25")  # one of these at least
@@ -37,9 +37,17 @@ class Audited(NamedTuple):
         return ranked and self.adaptive and self.audited
 
 
-def audit(records: Iterable[Record]) -> dict[str, Audited]:
-    """Record id -> what the checks say of it, beside all of these records."""
-    return {case.record.id: _audited(case) for case in cases(records)}
+def audit(records: Iterable[Record], wanted: Collection[str] | None = None) -> dict[str, Audited]:
+    """Record id -> what the checks say of it, beside all of these records; of the newest versions
+    alone.
+
+    wanted: ids of those that are asked for, by default all.
+    """
+    return {
+        case.record.id: _audited(case)
+        for case in cases(newest(records, without_versions))
+        if wanted is None or case.record.id in wanted
+    }
 
 
 def _audited(case: Case) -> Audited:

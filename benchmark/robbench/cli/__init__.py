@@ -13,6 +13,7 @@ from robbench.errors import InputError, unknown
 
 COMMANDS = {
     "run": ("robbench.cli.running", "Run attacks on defenses and print the table."),
+    "audit": ("robbench.cli.auditing", "Say whether a number can be believed, and why not."),
     "train": ("robbench.cli.running", "Train a defense and keep its checkpoint."),
     "list": ("robbench.cli.showing", "List defenses, attacks, datasets or networks."),
     "leaderboard": ("robbench.cli.showing", "Write the tables of a folder from its records."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ BLOCK_OPTIONS = {
 }  # fmt: skip
 
 if TYPE_CHECKING:
+    from robbench.audit import Audited
     from robbench.datasets import Dataset
     from robbench.grid import Block, Cell
+    from robbench.records import Record, Store
     from robbench.runner import Shared
 
 
@@ -68,6 +71,10 @@ if TYPE_CHECKING:
     type=float,
     help="Seconds for each training and each shard of images.  [default: none]",
 )
+@click.option(
+    "--precision",
+    help="Half an interval, such as 1%: with fewer images no number is called sound.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON on stdout, no progress.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the table.")
 @common
@@ -83,18 +90,22 @@ def run_command(**options: Any) -> None:
     robbench run --grid grid.yaml
     """
     _check_options()
+    precision = _precision(options["precision"])
     blocks = _blocks(options)
     if any("torchattacks:" in attack for block in blocks for attack in block.attack):
         check_installation()  # torchattacks imports torchvision, which costs a second: see below
+    from robbench.audit import audit
+    from robbench.audit.planning import probes
     from robbench.cli.terminal import Console
     from robbench.environment import choose_device
     from robbench.executors import measure
     from robbench.records import Store
     from robbench.runner import Shared
-    from robbench.tables import Row, rows
+    from robbench.tables import rows
 
     shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
-    cells = _cells(blocks, options)
+    asked = _cells(blocks, options)
+    cells = list({cell.id: cell for cell in (*asked, *probes(asked))}.values())
     silent = options["quiet"] or options["as_json"]
     for reason in dict.fromkeys(reason for block in blocks for reason in block.left_out):
         if not silent:
@@ -116,20 +127,24 @@ def run_command(**options: Any) -> None:
             progress.report,
             progress.finished,
             timeout=options["timeout"],
-            strict=len(missing) == len(cells),
+            strict=all(known[cell.id] is None for cell in asked),
         ):
             known[record.cell.id] = record
             progress.record(record)
     found = [record for record in known.values() if record is not None]
-    made: list[Row] = rows(found)
-    for name in dict.fromkeys(cell.dataset for cell in missing):
-        write_board(store, name)
+    audits: dict[str, Audited] = {}
+    for name in dict.fromkeys(cell.dataset for cell in cells):
+        beside = list(store.all(name))
+        audits |= audit(beside, known)
+        if any(cell.dataset == name for cell in missing):
+            write_board(store, name, beside)
+    made = rows(found, audits)
     if options["as_json"]:
         from robbench.tables import flat
 
-        click.echo(json.dumps([flat(row) for row in made], indent=1))
+        click.echo(json.dumps([flat(row, precision) for row in made], indent=1))
     else:
-        console.table(made, options["out"])
+        console.table(made, options["out"], precision)
     failed = [row for row in made if row.metrics is None]
     if failed:
         click.get_current_context().exit(1)
@@ -230,6 +245,19 @@ def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
     return ",".join(str(spec.with_settings(settings)) for spec in specs)
 
 
+def _precision(text: str | None) -> float | None:
+    """Half the length of an interval: 1% or 0.01."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 0.5:
+        raise InputError(f"--precision {text}: write half an interval, such as 1% or 0.01")
+    return value
+
+
 def _number(text: str | None) -> object:
     return int(text) if text is not None and text.isdecimal() else text
 
@@ -268,12 +296,12 @@ def _with_detector(text: str, detectors: str | None, fpr: str | None) -> str:
     return ",".join(specs) or text
 
 
-def write_board(store: Any, dataset: str) -> None:
-    """The generated pages of one dataset."""
+def write_board(store: Store, dataset: str, records: Sequence[Record]) -> None:
+    """The generated pages of one dataset, of its records."""
+    from robbench.boards import pages
     from robbench.records import unwritable
-    from robbench.tables import pages
 
-    for name, text in pages(dataset, list(store.all(dataset))).items():
+    for name, text in pages(dataset, records).items():
         path = store.root / name
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from robbench.cli import check_installation
 from robbench.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from robbench.records import Record
 
 KINDS = ("defenses", "attacks", "datasets", "networks")
 
@@ -45,12 +49,12 @@ def list_command(kind: str, name: str | None) -> None:
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page differs.")
 def leaderboard_command(out: Path, check: bool) -> None:
     """Write DATASET.md and DATASET.csv from the records below OUT."""
+    from robbench.boards import pages
     from robbench.cli.running import write_board
     from robbench.records import Store
-    from robbench.tables import pages
 
     store = Store(out)
-    by_dataset: dict[str, list[object]] = {}
+    by_dataset: dict[str, list[Record]] = {}
     for record in store.all():
         by_dataset.setdefault(record.cell.dataset, []).append(record)
     if not by_dataset:
@@ -58,9 +62,9 @@ def leaderboard_command(out: Path, check: bool) -> None:
     differing = []
     for dataset, records in by_dataset.items():
         if not check:
-            write_board(store, dataset)
+            write_board(store, dataset, records)
             continue
-        for name, text in pages(dataset, records).items():  # type: ignore[arg-type]
+        for name, text in pages(dataset, records).items():
             path = out / name
             if not path.exists() or path.read_text() != text:
                 differing.append(str(path))

@@ -71,14 +71,17 @@ class Console:
             bar = bars.add_task(f"train {label}")
             yield lambda done, total: bars.update(bar, completed=done, total=total)
 
-    def table(self, made: Sequence[Row], out: Path) -> None:
-        """One table per dataset, norm and attack, 80 columns wide, a line for each ε."""
+    def table(self, made: Sequence[Row], out: Path, precision: float | None = None) -> None:
+        """One table per dataset, norm and attack, 80 columns wide, a line for each ε.
+
+        precision: half the interval that is wanted; what has a longer one is not called sound.
+        """
         finished = [row for row in made if row.metrics is not None]
         for dataset in dict.fromkeys(row.cell.dataset for row in finished):
             own = [row for row in finished if row.cell.dataset == dataset]
             for title, group in tables.groups(own):
                 self.out.print(f"{dataset}: {title}", style="bold", markup=False)
-                self._group(group)
+                self._group(group, precision)
                 self.out.print()
         for row in made:
             if row.metrics is None:
@@ -96,7 +99,7 @@ class Console:
         )
         self.out.print(f"records and tables: {boards}", style="dim", soft_wrap=True, markup=False)
 
-    def _group(self, group: Sequence[Row]) -> None:
+    def _group(self, group: Sequence[Row], precision: float | None) -> None:
         """The lines of a table, those of one defense and setting under a heading."""
         self.out.print(_lines([], header=True))
         for heading, lines in itertools.groupby(group, _heading):
@@ -105,10 +108,15 @@ class Console:
             text = f"{heading} · {clean} · {_cost([row.record for row in same if row.record])}"
             self.out.print(text, style="cyan", markup=False)
             self.out.print(_lines(same))
+            for remark in tables.verdicts(same, precision):
+                self._remark(remark, "yellow")
             for row in same:
                 for remark in tables.remarks(row.record) if row.record else ():
-                    text = textwrap.fill(remark, 78, initial_indent="  ", subsequent_indent="    ")
-                    self.out.print(text, style="dim", markup=False)
+                    self._remark(remark, "dim")
+
+    def _remark(self, text: str, style: str) -> None:
+        filled = textwrap.fill(text, 78, initial_indent="  ", subsequent_indent="    ")
+        self.out.print(filled, style=style, markup=False)
 
 
 def _safe(text: str) -> str:
@@ -218,7 +226,10 @@ class Bars(Silent):
 def _summary(record: Record) -> str:
     if record.status != "ok":
         return f"{record.cell}: failed: {record.reason}"
+    from robbench.audit import is_diagnostic
     from robbench.metrics import metrics
 
+    if is_diagnostic(record.cell):
+        return f"{record.cell}: done"
     accuracy = metrics(record).accuracy
     return f"{record.cell}: accuracy {tables.percent(accuracy)} % ({tables.interval(accuracy)})"

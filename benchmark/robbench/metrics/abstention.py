@@ -1,8 +1,9 @@
 """Refusing to answer: what it costs, what it saves, and how well a score says when to refuse.
 
 Pure functions of records, all shares over images: draws are never pooled. A score is larger where a
-defense is surer. Every share here is of the x' that the record has; the attacker of another
-threshold would have made another x', so a curve over thresholds is optimistic, for every defense.
+defense is surer. Every share is of the x' that the record has. An attacker who knows a threshold
+ends just above it, so that at any threshold but the attacked one the same x' are refused far too
+often: risk_coverage, operating and tpr_at_* flatter the defense until they are attacked themselves.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def operating(record: Record, clean_coverage: float) -> Operating | None:
     what comes of it; None for a record without scores.
 
     clean_coverage in (0, 1]. Defenses are compared at equal clean coverage, so that one which never
-    refuses has the same option as one which does; its own refusals do not count here.
+    refuses has the same option as one which does; its own refusals do not count here. The attacker
+    did not know of this threshold.
     """
     if not 0 < clean_coverage <= 1:
         raise InputError(

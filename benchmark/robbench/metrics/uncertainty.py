@@ -24,30 +24,35 @@ class Looks(NamedTuple):
     """The accuracy of one defense on the same x', by who looks how often."""
 
     expected: Measure  # the mean over the scoring draws; also the mean of a single look
+    image_error: float  # its standard error: sd of the per-image shares / sqrt(N); nan for N = 1
+    draw_error: float  # the part of it that fresh draws of the same images cause; nan for one draw
     single_sd: float  # between single looks at all images; nan for one draw
-    any_iteration: Measure  # images that the attack never saw answered other than rightly
+    any_iteration: Measure  # images that no look of the attack saw answered other than rightly
 
 
 def looks(record: Record) -> Looks:
     """What the draws of a stochastic defense do to its accuracy under attack.
 
+    Enough draws were scored where draw_error is below a third of image_error, which contains it.
     single_sd is the standard deviation over draws of the accuracy that one look at all images would
     have printed, for draws that are independent between images; where a batch shares its noise it
     is larger. any_iteration is what an attack reports that calls an image broken at its first lost
-    look, among all draws of all its iterations: with randomness it falls below the expected
-    accuracy by luck alone (Lucas et al. 2023). An image that the attack gave up before its first
-    step was lost by then. nan for traces without lost_seen, for transfer, where they are of the
-    oracle, and for targeted attacks, which count what else.
+    look: at any iterate, in any of its draws, or at the x' that it returns, once. With randomness
+    it is below the expected accuracy by luck alone (Lucas et al. 2023). An image that was given up
+    before the first step was lost by then. nan for traces without lost_seen, for transfer, where
+    they are of the oracle, and for targeted attacks, which count what else.
     """
     error = statistics.draw_error(counts(record).right, record.draws)
-    seen, cell = record.trace.get("lost_seen"), record.cell
-    never = Measure(math.nan, Interval(math.nan, math.nan))
+    shares, cell, seen = outcomes(record), record.cell, record.trace.get("lost_seen")
+    unbroken = Measure(math.nan, Interval(math.nan, math.nan))
     if seen is not None and not cell.setting.oracle and not cell.threat.targeted:
-        never = share((seen[0] == 0).astype(np.float64), 1)
+        unbroken = share((seen[0] == 0) * shares, record.draws)
     return Looks(
-        expected=share(outcomes(record), record.draws),
+        expected=share(shares, record.draws),
+        image_error=float(shares.std(ddof=1)) / math.sqrt(len(shares)) if cell.n > 1 else math.nan,
+        draw_error=error,
         single_sd=error * math.sqrt(record.draws),
-        any_iteration=never,
+        any_iteration=unbroken,
     )
 
 

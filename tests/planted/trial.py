@@ -1,0 +1,100 @@
+"""Runs planted and sound defenses through the cells of their audits, on the boards' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tests.planted import PLANTED, SOUND, Planted
+from torch import nn
+
+from robbench import attack, registry
+from robbench.audit import Audited, audit
+from robbench.audit.planning import plan
+from robbench.checkpoints import Trained
+from robbench.deployed import Deployed
+from robbench.executors import measure
+from robbench.grid import MODEL, Block, Cell
+from robbench.registry import Spec
+from robbench.runner import Shared
+
+ROOT = Path(__file__).parents[2]
+UNDEFENDED = "standard(network=mlp)"
+IMAGES = 64
+FEW = 32  # of a defense that votes over draws
+THOROUGH = [  # what is quick of the depth `thorough`
+    {"attack": "random-search", "eps": "0.1"},
+    {"eps": ["0.05", "0.5"]},
+]
+
+
+def trial() -> Shared:
+    """What all defenses on trial have in common."""
+    return Shared(ROOT / "leaderboards", None, torch.device("cpu"))
+
+
+def accused(name: str, shared: Shared) -> Audited:
+    """What the audit says of the number of a planted defense."""
+    planted, text = PLANTED[name], f"{MODEL}{name}"
+    shared.models[text] = _deployed(planted, shared)
+    eps, models, dataset = Fraction(planted.eps), shared.models, shared.dataset("digits")
+    own = {"attack": planted.attack, "setting": planted.setting}
+    with _registered():
+        cells = _cells([own, *planted.beside], text, planted.eps, IMAGES, shared)
+        cells += plan(text, dataset, attack=planted.attack, eps=eps, n=IMAGES, models=models)
+        return _audited(cells, shared)
+
+
+def cleared(name: str, shared: Shared) -> Audited:
+    """What the audit says of the number of a sound defense."""
+    dataset, spec = shared.dataset("digits"), SOUND[name]
+    n = FEW if name == "smoothing" else IMAGES
+    cells = plan(name, dataset, attack=spec, n=n)
+    if name != "smoothing":
+        unbounded = {"attack": str(Spec.parse(spec).with_settings({"steps": 200})), "eps": "1"}
+        blocks = [{"attack": spec, **block} for block in (*THOROUGH, unbounded)]
+        cells += _cells(blocks, name, "0.1", n, shared)
+    return _audited(cells, shared)
+
+
+def _cells(
+    blocks: Iterable[Mapping[str, Any]], text: str, eps: str, n: int, shared: Shared
+) -> list[Cell]:
+    common = {"dataset": "digits", "n": n, "defense": text, "eps": eps}
+    fields = [{**common, **block} for block in blocks]
+    return [
+        cell
+        for block in fields
+        for cell in Block(**{key: value for key, value in block.items() if value}).cells(
+            shared.dataset("digits"), models=shared.models
+        )
+    ]
+
+
+def _audited(cells: list[Cell], shared: Shared) -> Audited:
+    """Of the first cell, beside the others."""
+    records = list(measure(list(dict.fromkeys(cells)), None, shared))
+    return audit(records)[cells[0].id]
+
+
+def _deployed(planted: Planted, shared: Shared) -> Trained:
+    dataset = shared.dataset("digits")
+    network = shared.deploy(UNDEFENDED, dataset, 0).deployed.members[0]
+    members = nn.ModuleList([planted.defend(network)])
+    return Trained(Deployed(members, planted.rule(), dataset.shape, len(dataset.labels)), ())
+
+
+@contextmanager
+def _registered() -> Iterator[None]:
+    """The planted attacks are known inside."""
+    list(registry.attacks)  # the native ones are registered first
+    with patch.object(registry.attacks, "_entries", dict(registry.attacks._entries)):
+        for planted in PLANTED.values():
+            if planted.run:
+                attack(planted.attack, norms=("linf",), targeted=False)(planted.run)
+        yield
