@@ -50,18 +50,15 @@ def cell(
 
 
 def shares(what, n, draws):
-    """Counts of draws: of the first images all, or of each image as many as are given."""
-    if isinstance(what, int):
-        return np.where(np.arange(n) < what, draws, 0).astype(np.uint8)
-    counts = np.zeros(n, dtype=np.uint8)
-    counts[list(what)] = list(what.values()) if isinstance(what, dict) else draws
-    return counts
+    """All draws of the first so many images, or of those listed."""
+    listed = range(what) if isinstance(what, int) else what
+    return np.where(np.isin(np.arange(n), list(listed)), draws, 0).astype(np.uint8)
 
 
 def record(
     lost=0, *, refused=0, wrong=0, silent=0, trace=None, seen=None, best=None, distance=0.1, **of
 ):
-    """Images lost under attack: the first so many, those listed, or {image: draws}.
+    """Images lost under attack, in all draws: the first so many, or those listed.
 
     refused: those without an answer under attack; wrong: on clean images; silent: without an answer
     on clean images. seen: the provenance.

@@ -246,7 +246,7 @@ def test_two_runs_in_one_folder_both_finish(tmp_path):
     assert [process.returncode for process in both] == [0, 0], outputs
     records = list(Store(out).all())
     assert [record.status for record in records] == ["ok"] * 3  # with the probe
-    assert set(pages(out)) == {"digits.md", "digits.csv", "digits.flags.json"}
+    assert set(pages(out)) == {f"digits.{end}" for end in ("md", "cells.md", "csv", "flags.json")}
     assert not list(out.rglob("*.tmp"))
 
 

@@ -78,7 +78,8 @@ def failed(of=None):
 
 
 def page(*records):
-    return boards.pages("digits", list(records))["digits.md"]
+    pages = boards.pages("digits", list(records))
+    return pages["digits.md"] + pages["digits.cells.md"]
 
 
 def sheet(*records):
@@ -278,11 +279,8 @@ def test_a_failed_row_says_why():
 
 
 def test_file_names_are_portable():
-    assert set(boards.pages("folder:a/b c", [])) == {
-        "folder_a_b_c.md",
-        "folder_a_b_c.csv",
-        "folder_a_b_c.flags.json",
-    }
+    endings = ("md", "cells.md", "csv", "flags.json")
+    assert set(boards.pages("folder:a/b c", [])) == {f"folder_a_b_c.{end}" for end in endings}
 
 
 def test_two_targets_of_two_oracles_make_a_matrix():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
+from robbench import accounting
 from robbench.audit import Audited, audit, badge
 from robbench.defense import shown
 from robbench.metrics import Measure, contributions
@@ -27,6 +29,7 @@ from robbench.tables import (
 )
 from robbench.threat import format_eps
 
+WRITTEN = "Written by `robbench leaderboard` from records/; never edited."
 LEGEND = (
     "*badge*: the worst flag of a number decides (docs/flags.md). *sound*: audited, adaptive, no"
     " flag beyond a warning. *overestimate*, *invalid*: shown and not ranked. *not adaptive*: not"
@@ -36,42 +39,54 @@ LEGEND = (
 )
 
 
-def markdown(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
-    """The leaderboard page of a dataset; a pure function of the records.
+def board(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
+    """Who stands where, and what the defenses are worth when nobody attacks.
 
     superseded: how many records of older versions are left out.
     """
-    lines = [f"# {dataset}", ""]
     finished = [row for row in made if row.metrics is not None]
+    every = f"{page_name(dataset)}.cells.md"
+    lines = [f"# {dataset}", "", f"Every cell: [{every}]({every}).", ""]
     for threat, placed in standings(finished):
         lines += [f"## Ranking, {heading(threat)}", "", _ranking(placed), ""]
-    lines += ["## Clean", "", _clean_table(finished), ""]
-    for title, group in groups(finished):
+    for title, text in (
+        ("Several seeds and trained models", accounting.seeds(finished)),
+        ("Fresh draws, known draws, none", accounting.regimes(finished)),
+        ("Clean", _clean_table(finished)),
+    ):
+        lines += [f"## {title}", "", text, ""] if text else []
+    return "\n".join([*lines, *_foot(superseded), LEGEND, "", WRITTEN, ""])
+
+
+def cells(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
+    """Every cell, by attack, norm and n."""
+    lines = [f"# {dataset}, every cell", ""]
+    for title, group in groups([row for row in made if row.metrics is not None]):
         lines += [f"## {title}", "", group_table(group), ""]
-        if crossed := _matrix(group):
-            lines += ["Accuracy % by oracle:", "", crossed, ""]
-        said = [
+        said = "\n".join(
             f"- `{shown(row.cell.defense, row.cell.dataset)}`, {setting_text(row.cell, False)}:"
             f" {remark}"
             for row in group
             for remark in (remarks(row.record) if row.record else ())
             if "broken by" not in remark
-        ]
-        if said:
-            lines += [*said, ""]
-        if stages := _stages_table(group):
-            lines += ["What each stage of the suites did:", "", stages, ""]
-    if superseded:
-        lines += [left_out(superseded), ""]
-    lines += [
-        FOOTNOTE,
-        "",
-        LEGEND,
-        "",
-        "Written by `robbench leaderboard` from records/; never edited.",
-        "",
-    ]
-    return "\n".join(lines)
+        )
+        for heading_of, text in (
+            ("Accuracy % by oracle:", _matrix(group)),
+            ("", said),
+            ("Random defenses, draw by draw:", accounting.draws(group)),
+            ("Where something refuses:", accounting.refusals(group)),
+            ("Detectors against what succeeded:", accounting.detections(group)),
+            ("What each stage of the suites did:", _stages_table(group)),
+        ):
+            lines += [*([heading_of, ""] if heading_of else []), text, ""] if text else []
+    text = "\n".join([*lines, *_foot(superseded), WRITTEN, ""])
+    # columns that are padded to one width would double a page of this length
+    return re.sub(r"-{4,}", "---", re.sub(r" {2,}", " ", text))
+
+
+def _foot(superseded: int) -> list[str]:
+    left = [left_out(superseded), ""] if superseded else []
+    return [*left, FOOTNOTE, ""]
 
 
 def _ranking(placed: Sequence[Standing]) -> str:
@@ -163,7 +178,8 @@ def pages(dataset: str, records: Sequence[Record]) -> dict[str, str]:
     made = rows([record for record in current if record.status == "ok"], audits)
     left, name = len(finished) - sum(r.status == "ok" for r in current), page_name(dataset)
     return {
-        f"{name}.md": markdown(dataset, made, left),
+        f"{name}.md": board(dataset, made, left),
+        f"{name}.cells.md": cells(dataset, made, left),
         f"{name}.csv": comma_separated(made),
         f"{name}.flags.json": flags_text(audits),
     }

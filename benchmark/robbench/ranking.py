@@ -92,6 +92,7 @@ def ranking_lines(placed: Sequence[Standing]) -> list[list[object]]:
                 f"`{shown(row.cell.defense, row.cell.dataset)}`"
                 + (f" train seed {row.cell.train_seed}" if row.cell.train_seed else ""),
                 row.metrics.robust_with_detection,
+                row.metrics.accuracy,
                 f"`{row.cell.attack}`, {setting_text(row.cell, False)}",
                 row.cell.n,
                 row.metrics.clean,
@@ -106,6 +107,7 @@ RANKED = [
     "",
     "defense",
     "robust with detection %",
+    "accuracy %",
     "strongest sound attack",
     "n",
     "clean %",

@@ -51,15 +51,27 @@ class Planted:
     beside: Sequence[Mapping[str, Any]] = ()
 
 
+UNDEFENDED = "standard(network=mlp)"  # what the defenses are put around
+TRANSFER = {"attack": "mim", "setting": "transfer", "oracle": [UNDEFENDED]}
 PLANTED = {
     "scaled-logits": Planted(
         {"F8": "INVALID", "F9": "OVERESTIMATE"},
         scaled_logits.defend,
         beside=[{"attack": "pgd(loss=dlr)"}],
     ),
-    "quantised-input": Planted({"F8": "INVALID"}, quantised_input.defend),
-    "sign-activations": Planted({"F8": "INVALID"}, sign_activations.defend),
-    "saturated-softmax": Planted({"F8": "INVALID"}, saturated_softmax.defend),
+    "quantised-input": Planted(
+        {"F8": "INVALID", "F1": "INVALID", "F11": "OVERESTIMATE"},
+        quantised_input.defend,
+        beside=[{"attack": "pgd", "eps": "0.5"}, TRANSFER],
+    ),
+    "sign-activations": Planted(
+        {"F8": "INVALID", "F10": "OVERESTIMATE", "F12": "OVERESTIMATE"},
+        sign_activations.defend,
+        beside=[{"attack": "square(queries=300)"}, {"attack": "random-search"}],
+    ),
+    "saturated-softmax": Planted(
+        {"F8": "INVALID", "F11": "OVERESTIMATE"}, saturated_softmax.defend, beside=[TRANSFER]
+    ),
     "single-draw-noise": Planted(
         {"F21": "INFO", "F22": "WARN"}, single_draw_noise.defend, setting="whitebox"
     ),
@@ -67,7 +79,9 @@ PLANTED = {
     "median-filter": Planted({"F8": "INVALID", "F35": "INVALID"}, median_filter.defend),
     "probabilities": Planted({"F31": "WARN"}, probabilities.defend),
     "batch-normalisation": Planted({"F17": "WARN"}, batch_normalisation.defend),
-    "cut-gradient": Planted({"F14": "INVALID"}, cut_gradient.defend),
+    "cut-gradient": Planted(
+        {"F14": "INVALID", "F11": "OVERESTIMATE"}, cut_gradient.defend, beside=[TRANSFER]
+    ),
     "distance-detector": Planted(
         {"F2": "INVALID", "F4": "OVERESTIMATE"},
         distance_detector.defend,
@@ -79,7 +93,9 @@ PLANTED = {
             {"attack": "pgd(keep=last, steps=200)", "eps": "1"},
         ],
     ),
-    "inner-optimisation": Planted({"F32": "OVERESTIMATE"}, inner_optimisation.defend),
+    "inner-optimisation": Planted(
+        {"F32": "OVERESTIMATE", "F11": "OVERESTIMATE"}, inner_optimisation.defend, beside=[TRANSFER]
+    ),
     "silenced-dropout": Planted(
         {"F18": "INVALID"},
         silenced_dropout.defend,
@@ -89,13 +105,17 @@ PLANTED = {
     "labels-as-targets": Planted(
         {"F25": "INVALID"}, attack="towards-labels", run=labels_as_targets.towards_labels
     ),
-    "short-steps": Planted({"F5b": "WARN"}, attack="pgd(step=0.005)"),
+    "short-steps": Planted(
+        {"F5b": "WARN", "F5": "OVERESTIMATE"},
+        attack="pgd(step=0.005)",
+        beside=[{"attack": "pgd(step=0.005, steps=80)"}],
+    ),
 }
 
 SOUND = {  # defense -> an attack that converges on it: one start leaves 2 points on `standard`
-    "standard(network=mlp)": "pgd",  # what the planted ones are put around, and their attack
+    UNDEFENDED: "pgd",  # the attack on what is planted
     "standard": "apgd(restarts=5)",
     "pgd-at": "apgd",
     "trades": "apgd",
-    "smoothing": "apgd(steps=50)",
+    "smoothing": "apgd(loss=ce, steps=50)",  # its own loss seeks no majority for a wrong label
 }

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tests.planted import PLANTED, SOUND, Planted
+from tests.planted import PLANTED, SOUND, UNDEFENDED, Planted
 from torch import nn
 
 from robbench import attack, registry
@@ -20,17 +20,11 @@ from robbench.checkpoints import Trained
 from robbench.deployed import Deployed
 from robbench.executors import measure
 from robbench.grid import MODEL, Block, Cell
-from robbench.registry import Spec
 from robbench.runner import Shared
 
 ROOT = Path(__file__).parents[2]
-UNDEFENDED = "standard(network=mlp)"
 IMAGES = 64
 FEW = 32  # of a defense that votes over draws
-THOROUGH = [  # what is quick of the depth `thorough`
-    {"attack": "random-search", "eps": "0.1"},
-    {"eps": ["0.05", "0.5"]},
-]
 
 
 def trial() -> Shared:
@@ -51,15 +45,24 @@ def accused(name: str, shared: Shared) -> Audited:
 
 
 def cleared(name: str, shared: Shared) -> Audited:
-    """What the audit says of the number of a sound defense."""
-    dataset, spec = shared.dataset("digits"), SOUND[name]
-    n = FEW if name == "smoothing" else IMAGES
-    cells = plan(name, dataset, attack=spec, n=n)
-    if name != "smoothing":
-        unbounded = {"attack": str(Spec.parse(spec).with_settings({"steps": 200})), "eps": "1"}
-        blocks = [{"attack": spec, **block} for block in (*THOROUGH, unbounded)]
-        cells += _cells(blocks, name, "0.1", n, shared)
-    return _audited(cells, shared)
+    """What the audit says of the number of a sound defense, by what is cheap of a thorough plan."""
+    vote = name == "smoothing"
+    n = FEW if vote else IMAGES
+    own, *others = plan(name, shared.dataset("digits"), attack=SOUND[name], n=n, depth="thorough")
+    wanted = [cell for cell in others if _quick(cell, name) or (not vote and _cheap(cell, own))]
+    return _audited([own, *wanted], shared)
+
+
+def _quick(cell: Cell, name: str) -> bool:
+    """Of the depth `quick`, and where the attacker may do anything."""
+    return cell.defense == name and (cell.attack in ("fgsm", "probe") or cell.threat.eps == 1)
+
+
+def _cheap(cell: Cell, own: Cell) -> bool:
+    """Random points, and the same attack at a smaller ε and where every image can become grey."""
+    if cell.attack == own.attack and cell.seed == own.seed:
+        return cell.threat.eps in (Fraction("0.05"), Fraction("0.5"))
+    return cell.attack == "random-search"
 
 
 def _cells(

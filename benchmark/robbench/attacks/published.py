@@ -132,6 +132,13 @@ def _variant(name: str, papers: Mapping[str, Mapping[str, Any]]) -> Attack:
     )
 
 
+def effective(name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All settings that a variant runs with, those of its attack that nobody changed too."""
+    plain = name.removesuffix(":as-published")
+    given = {key: value for key, value in settings.items() if value is not None and key != "paper"}
+    return {**Configured.of(plain).settings, **TABLE[plain][settings["paper"]], **given}
+
+
 def _settings(name: str, base: type[BaseModel], papers: tuple[str, ...]) -> type[BaseModel]:
     """Which paper, and the attack's own settings where they shall differ from it."""
     fields: dict[str, Any] = {"paper": (Literal[papers], papers[0])}

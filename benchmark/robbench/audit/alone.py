@@ -10,6 +10,7 @@ import numpy as np
 from robbench.audit.case import Case, kind
 from robbench.audit.flags import Raised, check, enough
 from robbench.metrics import LOST
+from robbench.threat import parse_eps
 
 SIGN_STEPS = ("fgsm", "bim", "pgd", "mim")
 STUCK = 0.1  # of the images on which a loss does not grow
@@ -56,7 +57,7 @@ def _step_length(case: Case) -> float | None:
     if "step" not in settings:
         return None
     step = settings["step"]
-    return 2.5 * eps / settings["steps"] if step is None else float(step)
+    return 2.5 * eps / settings["steps"] if step is None else float(parse_eps(step))
 
 
 @check("F7", "the attack's loss does not grow")

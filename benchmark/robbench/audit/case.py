@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from robbench.attacks import Attack, Configured
+from robbench.attacks.published import effective
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError
 from robbench.grid import MODEL, Cell
@@ -210,8 +211,16 @@ def harm(record: Record) -> np.ndarray:
 
 
 def settings_of(record: Record) -> Mapping[str, Any]:
-    """All settings of the attack, defaults too; none where it is not installed."""
-    configured = attack_of(record.cell.attack)
+    """All settings that the attack ran with; none where it is not installed."""
+    return settings_in(record.cell.attack)
+
+
+@cache
+def settings_in(text: str) -> Mapping[str, Any]:
+    """The same of the spec of an attack."""
+    configured = attack_of(text)
+    if configured and configured.entry.name.endswith(":as-published"):
+        return effective(configured.entry.name, configured.settings)
     return configured.settings if configured else {}
 
 

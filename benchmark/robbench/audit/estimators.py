@@ -125,8 +125,6 @@ def _planted(case: Case, test: str, least: float) -> list[Raised] | None:
         return None
     trace = records[-1].trace
     counted = trace["usable"] > 0
-    if "already" in trace:
-        counted &= trace["already"] == 0
     if not counted.any():
         return None
     found = np.nan_to_num(trace["found"].astype(float)) >= 0.5

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from robbench.attacks import Configured
-from robbench.audit.case import attack_of, estimator_of
+from robbench.audit.case import attack_of, estimator_of, settings_in
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
 from robbench.grid import MODEL, Block, Cell
@@ -146,7 +146,7 @@ def _with(attack: str, **settings: object) -> str:
 
 def _longer(attack: str) -> Iterator[str]:
     """Twice the steps, and five restarts."""
-    settings = Configured.of(attack).settings
+    settings = settings_in(attack)
     if isinstance(steps := settings.get("steps"), int):
         yield _with(attack, steps=2 * steps)
     if isinstance(settings.get("restarts"), int):

@@ -47,8 +47,14 @@ def list_command(kind: str, name: str | None) -> None:
     help="Folder of records.",
 )
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page differs.")
-def leaderboard_command(out: Path, check: bool) -> None:
-    """Write DATASET.md and DATASET.csv from the records below OUT."""
+@click.option(
+    "--findings",
+    "finding",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A page whose tables of published evaluations are written too (docs/findings.md).",
+)
+def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
+    """Write DATASET.md, DATASET.csv and DATASET.flags.json from the records below OUT."""
     from robbench.boards import pages
     from robbench.cli.running import write_board
     from robbench.records import Store
@@ -68,6 +74,15 @@ def leaderboard_command(out: Path, check: bool) -> None:
             path = out / name
             if not path.exists() or path.read_text() != text:
                 differing.append(str(path))
+    if finding is not None:
+        from robbench.findings import page
+
+        old = finding.read_text()
+        new = page(old, [record for records in by_dataset.values() for record in records])
+        if check and new != old:
+            differing.append(str(finding))
+        elif not check:
+            finding.write_text(new)
     if differing:
         click.echo(f"not what the records say: {', '.join(differing)}; run 'robbench leaderboard'")
         click.get_current_context().exit(1)

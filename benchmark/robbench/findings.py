@@ -1,0 +1,185 @@
+"""The published evaluations on trial: each paper's claim beside its own attack and the strongest
+one at this benchmark's scale, with the flags that the first raises. From records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from importlib import resources
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from robbench.attacks import Configured
+from robbench.audit import audit, badge
+from robbench.defense import shown, with_preset
+from robbench.errors import InputError
+from robbench.grid import Kind
+from robbench.records import Record
+from robbench.tables import Row, broken_by, rows, setting_text, tabulated, with_interval
+from robbench.threat import Norm, format_eps, parse_eps
+
+BEGIN = "<!-- written by `robbench leaderboard --findings` from here -->"
+END = "<!-- to here -->"
+
+
+class Finding(BaseModel):
+    """A published claim, and the paper's own attack as it is run here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    defense: str
+    paper: str
+    claim: str
+    attack: str
+    measured: str | None = None
+    setting: Kind | None = None
+    norm: Norm = "linf"
+    eps: Annotated[Fraction, BeforeValidator(parse_eps)] = Fraction(1, 10)
+    foreseen: Mapping[str, str] = {}
+
+
+def claims() -> list[Finding]:
+    """All that is on trial."""
+    text = resources.files("robbench").joinpath("findings.yaml").read_text()
+    return [Finding(**each) for each in yaml.safe_load(text)]
+
+
+def findings(records: Sequence[Record], dataset: str) -> str:
+    """The tables of the page, as markdown: published evaluations, then every defense."""
+    own = [record for record in records if record.cell.dataset == dataset]
+    audits = audit(own)
+    made = [row for row in rows(own, audits) if row.metrics is not None and row.audited]
+    plain = [row for row in made if row.cell.threat.goal == "error" and not row.cell.seed]
+    tried = [_tried(finding, plain, dataset) for finding in claims()]
+    headers = [
+        "paper", "defense", "published claim", "its paper's attack, here", "n", "accuracy %",
+        "verdict", "raised", "foreseen",
+    ]  # fmt: skip
+    reasons = [
+        f"- {finding.defense}, `{finding.attack}`: "
+        + "; ".join(f"{name}: {reason}" for name, reason in finding.foreseen.items())
+        for finding in claims()
+        if finding.foreseen
+    ]
+    return "\n".join(
+        [
+            f"### The published evaluations ({dataset}, {_at(claims()[0])})",
+            "",
+            tabulated(tried, headers),
+            "",
+            "Why these flags were foreseen, from the texts and the released code:",
+            "",
+            *reasons,
+            "",
+            f"### Every defense ({dataset}, {_at(claims()[0])})",
+            "",
+            tabulated(list(_every(plain, dataset)), EVERY),
+        ]
+    )
+
+
+EVERY = [
+    "defense",
+    "published claim",
+    "under its paper's attack %",
+    "under the strongest %",
+    "strongest attack",
+    "n",
+    "badge",
+    "broken most by",
+]
+
+
+def _at(finding: Finding) -> str:
+    return f"{finding.norm} {format_eps(finding.eps)}"
+
+
+def _of(text: str, dataset: str) -> str:
+    try:
+        return str(with_preset(text, "quick", dataset))
+    except InputError:
+        return text
+
+
+def _published(finding: Finding, made: Sequence[Row], dataset: str) -> Row | None:
+    """The row of the paper's own attack, on most images."""
+    attack = str(Configured.of(finding.attack).spec)
+    names = (finding.measured, finding.defense)
+    for name in filter(None, names):
+        found = [
+            row
+            for row in made
+            if row.cell.defense == _of(name, dataset)
+            and row.cell.attack == attack
+            and (row.cell.threat.norm, row.cell.threat.eps) == (finding.norm, finding.eps)
+            and finding.setting in (None, row.cell.setting.kind)
+            and row.cell.train_seed == 0
+        ]
+        if found:
+            return max(found, key=lambda row: (row.cell.n, row.cell.id))
+    return None
+
+
+def _tried(finding: Finding, made: Sequence[Row], dataset: str) -> list[object]:
+    row = _published(finding, made, dataset)
+    foreseen = ", ".join(finding.foreseen)
+    start = [finding.paper, f"`{finding.defense}`", finding.claim]
+    if row is None or row.metrics is None or row.audited is None:
+        return [*start, f"`{finding.attack}`", "", "not measured", "", "", foreseen]
+    raised = dict.fromkeys(flag.id for flag in row.audited.flags if flag.verdict != "INFO")
+    said = dict.fromkeys(flag.id for flag in row.audited.flags if flag.verdict == "INFO")
+    return [
+        *start,
+        f"`{row.cell.attack}`, {setting_text(row.cell, False)}",
+        row.cell.n,
+        with_interval(row.metrics.accuracy),
+        badge(row.audited),
+        ", ".join([*raised, *(f"({name})" for name in said)]),
+        foreseen,
+    ]
+
+
+def _every(made: Sequence[Row], dataset: str) -> Iterable[list[object]]:
+    """A line for each defense: what was claimed, its paper's attack, the strongest one."""
+    threat = (claims()[0].norm, claims()[0].eps)
+    at = [row for row in made if (row.cell.threat.norm, row.cell.threat.eps) == threat]
+    by_defense: dict[str, list[Row]] = {}
+    for row in at:
+        if row.cell.setting.kind in ("whitebox", "adaptive") and not row.cell.train_seed:
+            by_defense.setdefault(row.cell.defense, []).append(row)
+    for defense in sorted(by_defense, key=lambda text: shown(text, dataset)):
+        suites = [row for row in by_defense[defense] if row.cell.attack.startswith("strongest")]
+        if not suites:
+            continue
+        best = min(suites, key=_depth)
+        finding = next((f for f in claims() if _of(f.defense, dataset) == defense), None)
+        published = _published(finding, made, dataset) if finding else None
+        assert best.metrics and best.record and best.audited
+        yield [
+            f"`{shown(defense, dataset)}`",
+            finding.claim if finding else "",
+            with_interval(published.metrics.accuracy) if published and published.metrics else "",
+            with_interval(best.metrics.accuracy),
+            f"`{best.cell.attack}`",
+            best.cell.n,
+            badge(best.audited),
+            broken_by(best.record),
+        ]
+
+
+def _depth(row: Row) -> tuple[int, int]:
+    """The suite of the largest budget, then of most images, first."""
+    budget = str(Configured.of(row.cell.attack).settings["budget"])
+    return -("smoke", "standard", "thorough").index(budget), -row.cell.n
+
+
+def page(old: str, records: Sequence[Record], dataset: str = "digits") -> str:
+    """The page with its tables written anew, between the two marks; InputError without them."""
+    head, begin, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise InputError(
+            f"the page has no place for the tables; write {BEGIN!r} and {END!r} into it"
+        )
+    return f"{head}{BEGIN}\n\n{findings(records, dataset)}\n\n{END}{tail}"
