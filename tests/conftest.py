@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from robbench import datasets
+from robbench.cli import main
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,3 +60,21 @@ def classifier() -> Callable[[nn.Module], nn.Module]:
 def network(classifier: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """One of these, smooth, whose weights nothing changes any more."""
     return classifier(nn.Tanh()).requires_grad_(False)
+
+
+@pytest.fixture
+def robbench(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process and returns its exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("ROBBENCH_DATA", raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call

@@ -23,7 +23,8 @@ MOVED = "random-resize-pad"  # a decision of it takes one draw
 QUIET = "smoothing(noise=false)"
 BASED = "smoothing(base=pgd-at, epochs=0)"
 STILL = "smoothing(base=pgd-at, epochs=0, noise=false)"
-RANDOM = (NOISY, MOVED, BASED)
+TRAINED = "smoothing(base=pgd-at)"
+RANDOM = (NOISY, MOVED, BASED, TRAINED)
 FAR = {"eps": "1", "attack": "pgd(steps=200)"}
 
 
@@ -391,6 +392,13 @@ def around(lost, still, base):
 CASES += [
     ("F23", [], *around(10, 48, 50)),
     ("F23", ["OVERESTIMATE"], *around(10, 47, 50)),
+    (  # it was trained on, which may be why
+        "F23",
+        ["WARN"],
+        record(10, defense=TRAINED),
+        record(47, defense="smoothing(base=pgd-at, noise=false)"),
+        record(50, defense="pgd-at"),
+    ),
     ("F23", None, *around(10, 47, 50)[:2]),
     ("F23", None, *around(10, 47, 50)[::2]),
     ("F27", ["WARN"], record(50, defense=NOISY), record(51, defense=QUIET)),

@@ -35,22 +35,6 @@ RUN = ["run", "--defense", TINY, "--baseline", "none", "--eps", "0.02,0.04", "-n
 SERIAL = ["--workers", "1"]
 
 
-@pytest.fixture
-def robbench(capsys, monkeypatch):
-    """Runs a command line in this process and returns its exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("ROBBENCH_DATA", raising=False)
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A folder with two finished records and their pages."""

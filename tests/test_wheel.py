@@ -41,7 +41,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
         for file in (ROOT / folder).rglob("*.py")
     }
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == tree | {"robbench/py.typed"}
+    assert packed == tree | {"robbench/py.typed", "robbench/findings.yaml"}
 
 
 def test_the_wheel_installs_the_command_and_the_licence(wheel):

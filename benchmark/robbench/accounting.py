@@ -12,6 +12,7 @@ from robbench.metrics import Measure, detected
 from robbench.metrics.abstention import abstention, costs, detection, operating
 from robbench.metrics.uncertainty import looks, variability
 from robbench.records import Record
+from robbench.registry import Spec
 from robbench.siblings import siblings
 from robbench.tables import Row, setting_text, tabulated, with_interval
 from robbench.threat import format_eps
@@ -134,14 +135,14 @@ def seeds(made: Iterable[Row]) -> str:
             alike[plain.id].append(row)
     lines = []
     for rows in alike.values():
-        if len(rows) < 2:
+        if len(rows) < 2 or rows[0].cell.n < 2:  # one image shows no spread
             continue
         found = variability([row.record for row in rows if row.record], detected)
         lines.append(
             [
                 *_named(rows[0]),
                 f"`{rows[0].cell.attack}`",
-                f"{found.trainings} × {found.records // found.trainings}",
+                f"{found.trainings} × {found.records / found.trainings:.3g}",
                 rows[0].cell.n,
                 with_interval(Measure(found.mean, found.interval)),
                 _points(found.training_sd),
@@ -187,11 +188,17 @@ def _fixed(candidate: str, defense: str) -> bool:
     """Whether the candidate is the defense with a known seed."""
     if "known_seed" not in candidate or "known_seed" in defense:
         return False
+    spec = Spec.parse(candidate)
     try:
-        parts = [part.model_copy(update={"known_seed": None}) for part in resolve(candidate)]
+        parts = [
+            part.model_copy(update={"known_seed": None}).spec.model_copy(
+                update={"member": one.member}
+            )
+            for one, part in zip(spec.parts or (spec,), resolve(spec), strict=True)
+        ]
     except InputError:
         return False
-    return " & ".join(str(part.spec) for part in parts) == defense
+    return " & ".join(map(str, parts)) == defense
 
 
 def _quiet(row: Row, rows: dict[str, Row]) -> Row | None:

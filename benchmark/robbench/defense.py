@@ -81,6 +81,8 @@ class Defense(Optimisation):
             return base
         if any(part.detector for part in resolve(base)):
             raise ValueError("the detector of a base is never asked; give it to what builds on it")
+        if any(part.known_seed is not None for part in resolve(base)):
+            raise ValueError("a base draws afresh; give known_seed to what builds on it")
         return str(canonical(base))
 
     @model_validator(mode="after")
@@ -338,6 +340,8 @@ def resolve(text: str | Spec) -> tuple[Defense, ...]:
         )
     if len({(part.detector, part.fpr) for part in parts}) > 1:
         raise InputError(f"{spec}: all parts need the same detector and fpr, they decide together")
+    if len({part.known_seed for part in parts if part.random}) > 1:
+        raise InputError(f"{spec}: all random parts need the same known_seed, they draw together")
     return parts
 
 

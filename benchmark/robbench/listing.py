@@ -110,7 +110,7 @@ def attacks(name: str | None = None) -> str:
 
     if name is not None:
         return _attack(find(name))
-    lines, variants, others, refused = [], [], [], []
+    lines, variants, others, refused, tests = [], [], [], [], []
     for key in registry.attacks:
         entry = find(key)
         if key.endswith(PUBLISHED):
@@ -118,7 +118,10 @@ def attacks(name: str | None = None) -> str:
             variants.append([key, ", ".join(get_args(papers))])
         else:
             text = f"is {entry.name}" if key != entry.name else entry.faults or _summary(entry)
-            lines.append([key, *_traits(entry), text])
+            if entry.diagnostic:
+                tests.append([key, text])
+            else:
+                lines.append([key, *_traits(entry), text])
     names = [f"torchattacks:{inner}" for inner in torchattacks.names()]
     for key in [*names, *(f"art:{inner}" for inner in art.names())]:
         entry = find(key)
@@ -136,6 +139,7 @@ def attacks(name: str | None = None) -> str:
         [
             _table(lines, [*headers, "what it does"], [None, None, None, None, 42]),
             _indented(legend, 0),
+            _table(tests, ["'robbench audit' runs", "what it says"], [None, 56]),
             _table(variants, ["as a paper ran it", "paper="], [None, 56]),
             _table(others, [*headers, "known faults"], [None, None, None, None, 32]),
             _table(refused, ["refused", "because it"], [None, 56]),

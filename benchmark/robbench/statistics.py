@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ class Paired(NamedTuple):
     p: float  # two-sided
 
 
+@cache
 def proportion(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Interval of a share of n images, each right or wrong (deterministic defenses).
 

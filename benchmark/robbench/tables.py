@@ -231,7 +231,9 @@ def verdicts(group: Sequence[Row], precision: float | None = None) -> list[str]:
     said = []
     for word, rows_of in by_word.items():
         budgets = ", ".join(format_eps(row.cell.threat.eps) for row in rows_of)
-        said.append(f"at {budgets} {word}" if len(by_word) > 1 else word)
+        least = min(len(row.audited.assessed) for row in rows_of if row.audited)
+        counted = f"{word} by {least} checks" if word == "sound" else word
+        said.append(f"at {budgets} {counted}" if len(by_word) > 1 else counted)
     return said
 
 
@@ -244,7 +246,7 @@ def _word(row: Row, precision: float | None) -> str:
         return f"{word} ({flag.line})"
     if word == "sound" and (needed := _needed(row, precision)):
         return f"too few images to be sure: n = {needed} for ± {100 * (precision or 0):g} %"
-    return f"sound by {len(row.audited.assessed)} checks" if word == "sound" else word
+    return word
 
 
 def _needed(row: Row, precision: float | None) -> int | None:

@@ -272,7 +272,7 @@ def _derivative(access: Access, x: Tensor, y: Tensor, rng: Generator, alone: boo
         size = 1 if alone else count
         parts = zip(point.split(size), label.split(size), along.split(size, dim=1), strict=True)
         error = torch.cat([_relative_error(access, members, *part) for part in parts])
-    except RuntimeError as problem:
+    except (RuntimeError, TypeError) as problem:  # as on devices without float64
         return {"reason": str(problem).splitlines()[0]}
     return {"error": _plain(error.median()), "images": count}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from robbench.audit.case import Case, kind
 from robbench.audit.flags import Raised, check, enough
-from robbench.metrics import LOST
+from robbench.metrics import LOST, outcomes
 from robbench.threat import parse_eps
 
 SIGN_STEPS = ("fgsm", "bim", "pgd", "mim")
@@ -117,7 +117,8 @@ def gradient(case: Case) -> list[Raised] | None:
         return None
     found = []
     if dead is not None and zeros is not None:
-        still = _right_after(case)
+        # a loss that is content with a refusal has nothing to climb, and has not failed
+        still = _right_after(case) & (outcomes(record) >= 0.5)
         images = np.flatnonzero((dead >= 0.5) & still)
         counted = enough(int(still.sum()), n)
         share, zero = len(images) / n, float(zeros[still].mean()) if counted else 0.0
@@ -246,7 +247,7 @@ def silent(case: Case) -> list[Raised] | None:
     """Images that were broken at an evaluated iterate and are not at the returned one."""
     seen = case.record.trace.get("lost_seen")
     minimal = case.attack is not None and case.attack.minimal
-    if seen is None or not case.climbs or not case.averaged or minimal:
+    if seen is None or not case.climbs or not case.decided or minimal:
         return None
     won = np.nan_to_num(seen[0].astype(np.float64)) >= (LOST if case.stochastic else 1)
     passed = np.flatnonzero(won & (case.harm < 0.5))

@@ -105,6 +105,12 @@ class Case:
         return not self.stochastic or self.eot >= AVERAGED
 
     @property
+    def decided(self) -> bool:
+        """What the attack saw of one step is more than the luck of one decision."""
+        per_call = max((part.draws for part in self.parts), default=1)
+        return not self.stochastic or self.eot >= AVERAGED * per_call
+
+    @property
     def climbs(self) -> bool:
         """An iterative search with gradients on the defense itself, for any error."""
         direct = self.cell.setting.kind in ("whitebox", "adaptive")

@@ -43,7 +43,8 @@ def incredible(case: Case) -> list[Raised] | None:
 
 @check("F23", "without its randomness it still does not fall")
 def quiet(case: Case) -> list[Raised] | None:
-    """A defense around another network, with its randomness off, against that network."""
+    """A defense around another network, with its randomness off, against that network; where it was
+    trained on, that may be why."""
     if not case.stochastic or not case.climbs or not all(part.base for part in case.parts):
         return None
     still = _matching(case, case.relatives("noise-off"))
@@ -57,7 +58,8 @@ def quiet(case: Case) -> list[Raised] | None:
     text = (
         f"without randomness {100 * left:.1f} % survive, of what it is built on {100 * floor:.1f} %"
     )
-    return [Raised("OVERESTIMATE", left - floor, POINTS, text)]
+    own = not any(part.epochs for part in case.parts)
+    return [Raised("OVERESTIMATE" if own else "WARN", left - floor, POINTS, text)]
 
 
 def _matching(case: Case, records: Iterable[Record]) -> list[Record]:

@@ -14,8 +14,12 @@ from robbench.cli.options import attack_option, common, defense_option
 from robbench.errors import InputError
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from robbench.audit import Audited
+    from robbench.grid import Cell
     from robbench.records import Record
+    from robbench.threat import Norm
 
 TESTS = ("binarization", "backdoor")
 SHOWN = 8  # images that a line names
@@ -52,18 +56,19 @@ def audit_command(**options: Any) -> None:
     robbench audit --defense 'adp' --attack 'pgd(steps=50)' --thorough
     robbench audit --defense mmc --test binarization
     """
+    from robbench.registry import Spec, split_list
     from robbench.threat import parse_eps, parse_norm
 
     norm = parse_norm(options["norm"])
     eps = None if options["eps"] is None else parse_eps(options["eps"])
-    if "," in options["attack"].partition("(")[0]:
-        raise InputError(f"--attack {options['attack']}: an audit is of one attack; write one")
+    for kind in ("defense", "attack"):
+        listed = split_list(options[kind])
+        if len(listed) != 1 or Spec.parse(listed[0]).member == "*":
+            raise InputError(f"--{kind} {options[kind]}: an audit is of one {kind}; write one")
     if options["thorough"] and options["test"]:
         raise InputError(f"--thorough has the test {options['test']} in it; write one of them")
     check_installation()
-    from robbench import registry
     from robbench.audit import audit
-    from robbench.audit.planning import plan
     from robbench.cli.running import write_board
     from robbench.cli.terminal import Console
     from robbench.environment import choose_device
@@ -72,17 +77,7 @@ def audit_command(**options: Any) -> None:
     from robbench.runner import Shared
 
     shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
-    cells = plan(
-        options["defense"],
-        registry.dataset(options["dataset"], options["data_dir"]),
-        attack=options["attack"],
-        norm=norm,
-        eps=eps,
-        n=options["count"],
-        depth=options["test"] or ("thorough" if options["thorough"] else "quick"),
-        preset=options["preset"],
-        train_seed=options["train_seed"],
-    )
+    cells = _cells(options, norm, eps)
     store = Store(options["out"])
     store.check_writable()
     missing = [cell for cell in cells if store.get(cell) is None]
@@ -108,15 +103,48 @@ def audit_command(**options: Any) -> None:
         raise InputError(f"{cells[0]} has no record: it was not finished")
     failed = [record for record in beside if record.cell in cells and record.status != "ok"]
     found = audit(beside, [subject.id])[subject.id]
-    click.echo(_json(subject, found) if options["as_json"] else _text(subject, found, failed))
+    show = _json if options["as_json"] else _text
+    click.echo(show(subject, found, failed))
+    if failed:
+        click.get_current_context().exit(1)
 
 
-def _json(record: Record, found: Audited) -> str:
+def _cells(options: dict[str, Any], norm: Norm, eps: Fraction | None) -> list[Cell]:
+    """What the audit needs, the cell on trial first."""
+    from pydantic import ValidationError
+
+    from robbench import registry
+    from robbench.audit.planning import plan
+    from robbench.grid import invalid
+
+    try:
+        return plan(
+            options["defense"],
+            registry.dataset(options["dataset"], options["data_dir"]),
+            attack=options["attack"],
+            norm=norm,
+            eps=eps,
+            n=options["count"],
+            depth=options["test"] or ("thorough" if options["thorough"] else "quick"),
+            preset=options["preset"],
+            train_seed=options["train_seed"],
+        )
+    except ValidationError as error:
+        raise InputError("; ".join(invalid(error))) from None
+
+
+def _json(record: Record, found: Audited, failed: Sequence[Record]) -> str:
     from robbench.audit import badge
 
-    flags = [flag._asdict() for flag in found.flags]
-    values = {"cell": str(record.cell), "id": record.id, "badge": badge(found), "flags": flags}
-    return json.dumps({**values, "assessed": found.assessed}, indent=1, ensure_ascii=False)
+    values = {
+        "cell": str(record.cell),
+        "id": record.id,
+        "badge": badge(found),
+        "flags": [flag._asdict() for flag in found.flags],
+        "assessed": found.assessed,
+        "failed": {str(each.cell): each.reason for each in failed},
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False)
 
 
 def _text(record: Record, found: Audited, failed: Sequence[Record]) -> str:

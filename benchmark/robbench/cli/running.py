@@ -173,6 +173,7 @@ def _check_options() -> None:
 def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
     """All cells in reading order, each once."""
     from robbench import registry
+    from robbench.audit import is_diagnostic
     from robbench.grid import nothing
 
     cells: dict[str, Cell] = {}
@@ -182,6 +183,11 @@ def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
             cells.setdefault(cell.id, cell)
     if not cells:
         raise nothing(blocks)
+    if tests := {cell.attack for cell in cells.values() if is_diagnostic(cell)}:
+        raise InputError(
+            f"{', '.join(sorted(tests))}: no attack, but a test of one; write 'robbench audit' with"
+            " --test binarization or backdoor"
+        )
     return list(cells.values())
 
 
