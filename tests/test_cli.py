@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from robbench import checkpoints, datasets, executors, listing, networks, registry
 from robbench.attacks import art, attack, torchattacks
 from robbench.cli import COMMANDS, main
+from robbench.findings import BEGIN, END
 from robbench.grid import Cell
 from robbench.records import Record, Store
 from robbench.threat import format_eps
@@ -82,6 +84,10 @@ MISTAKES = {
     "no draws behind a gradient": ([*RUN, "--eot", "0"], "eot: 0 is no number of draws", "or auto"),
     "no time at all": ([*RUN, "--timeout", "0"], "timeout = 0.0", "a positive number of seconds"),
     "a time that is none": ([*RUN, "--timeout", "nan"], "timeout = nan"),
+    "a precision that is none": ([*RUN, "--precision", "much"], "much", "such as 1% or 0.01"),
+    "a precision of zero": ([*RUN, "--precision", "0%"], "--precision 0%", "such as 1%"),
+    "a precision of half of everything": ([*RUN, "--precision", "50%"], "--precision 50%"),
+    "a precision below zero": ([*RUN, "--precision=-1%"], "--precision -1%"),
     "nothing to attack": (["run", "--attack", "pgd"], "--defense ito", "list defenses"),
     "an empty defense": (["run", "--defense", ""], "--defense ito"),
     "an empty attack": ([*RUN, "--attack", ""], "attack is empty"),
@@ -434,6 +440,51 @@ def test_json_is_a_row_for_each_cell_and_nothing_else(robbench, folder):
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
 
 
+def test_too_few_images_for_a_precision_are_not_called_sound_and_the_number_is_said(
+    robbench, folder
+):
+    _, out, _ = robbench(*RUN, "--json", "--out", folder)
+    assert {row["badge"] for row in json.loads(out)} == {"sound"}
+    assert "n_needed" not in json.loads(out)[0]
+    _, out, _ = robbench(*RUN, "--precision", "2%", "--json", "--out", folder)
+    needed = [row["n_needed"] for row in json.loads(out)]
+    for row, n in zip(json.loads(out), needed, strict=True):
+        share = row["robust_with_detection"]
+        halves = [
+            np.diff(binomtest(round(share * m), m).proportion_ci(method="wilson"))[0] / 2
+            for m in (n, int(0.95 * n))
+        ]
+        assert halves[0] <= 0.0201 < halves[1]
+    _, text, _ = robbench(*RUN, "--precision", "0.02", "--out", folder)
+    said = " ".join(text.split())
+    assert all(f"too few images to be sure: n = {n} for ± 2 %" in said for n in needed)
+    assert "sound by" not in said
+
+
+def test_a_precision_that_is_reached_changes_nothing(robbench, folder):
+    plain, precise = (
+        robbench(*RUN, *option, "--out", folder)[1] for option in ([], ["--precision", "40%"])
+    )
+    assert plain == precise and "sound by" in plain
+    _, out, _ = robbench(*RUN, "--precision", "40%", "--json", "--out", folder)
+    assert [row["n_needed"] for row in json.loads(out)] == [20, 20]
+
+
+def test_every_estimator_is_probed_once_and_stands_in_no_table(robbench, tmp_path):
+    arguments = [*RUN, "--baseline", OTHER, "--attack", "pgd,fgsm", *SERIAL, "--out", tmp_path]
+    _, out, _ = robbench(*arguments, "--json")
+    probed = [record.cell for record in Store(tmp_path).all() if record.cell.attack == "probe"]
+    assert sorted(cell.defense for cell in probed) == sorted([TINY, OTHER])
+    assert {row["attack"] for row in json.loads(out)} == {"pgd", "fgsm"}
+    assert "probe" not in (tmp_path / "digits.cells.md").read_text()
+
+
+def test_an_attack_that_never_asks_the_defense_itself_needs_no_probe(robbench, tmp_path):
+    transfer = ["--setting", "transfer", "--oracle", OTHER]
+    assert robbench(*RUN, *transfer, *SERIAL, "--quiet", "--out", tmp_path)[0] == 0
+    assert {record.cell.attack for record in Store(tmp_path).all()} == {"pgd"}
+
+
 def test_seeds_are_cells_of_their_own(robbench, folder):
     _, out, _ = robbench(*RUN, "--seeds", "2", *SERIAL, "--json", "--out", folder)
     assert [(row["eps"], row["seed"]) for row in json.loads(out)] == [
@@ -534,6 +585,28 @@ def test_leaderboard_check_finds_an_edited_page_and_leaves_it(page, robbench, fo
     code, out, _ = robbench("leaderboard", "--check", "--out", folder)
     assert code == 1 and page in out
     assert (folder / page).read_text() != text
+
+
+def test_leaderboard_writes_the_findings_between_their_marks_and_checks_them(robbench, folder):
+    page = folder / "findings.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    both = ["leaderboard", "--findings", page, "--out", folder]
+    code, out, _ = robbench(*both, "--check")
+    assert code == 1 and str(page) in out and "old" in page.read_text()
+    assert robbench(*both)[0] == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
+    assert "old" not in text and "not measured" in text
+    assert robbench(*both, "--check")[0] == 0
+
+
+def test_findings_without_a_place_for_them_are_one_line_and_stay(robbench, folder):
+    page = folder / "findings.md"
+    page.write_text("no marks\n")
+    arguments = ["leaderboard", "--out", folder, "--findings"]
+    assert_one_line(robbench(*arguments, page), BEGIN, END)
+    assert page.read_text() == "no marks\n"
+    assert_one_line(robbench(*arguments, folder / "none.md"), "none.md", "does not exist")
 
 
 def test_compare_pairs_the_images_of_two_defenses(robbench, folder):

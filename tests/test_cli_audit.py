@@ -196,7 +196,7 @@ def test_a_number_that_was_not_reached_is_invalid_and_the_exit_code_is_1(
     arguments = [*AUDIT, "--attack", "cheat", *SERIAL, "--out", tmp_path]
     code, out, _ = robbench(*arguments)
     assert code == 1
-    assert "verdict: invalid: F35" in out and "robust with detection" not in out
+    assert "verdict: invalid: F19, F35" in out and "robust with detection" not in out
     assert words(out, "failed:")[0] == "failed:" and "1.0100 ε" in out
     code, out, _ = robbench(*arguments, "--json")
     assert code == 1 and "1.0100 ε" in " ".join(json.loads(out)["failed"].values())

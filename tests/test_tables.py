@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robbench import boards, statistics, tables
+from robbench.audit import Audited, Flag
 from robbench.grid import Cell, Setting
 from robbench.metrics import Measure, contributions, metrics
 from robbench.records import Record
@@ -350,3 +351,51 @@ def test_what_is_remarkable_about_a_number_is_said():
     busy = record(trace={"unchanged": np.array([True, False, True, True])})
     assert tables.remarks(busy) == []
     assert "changed no image" in page(idle) and "changed no image" not in page(busy)
+
+
+def rated(eps="1/10", verdict=None, n=4, **changes):
+    """A row that was audited: sound, or with a flag of this verdict."""
+    of = cell(threat=Threat(norm="linf", eps=eps), n=n)
+    flags = () if verdict is None else (Flag("F3", verdict, 5.0, 3.0, n, (), "one step does more"),)
+    found = Audited(flags, ("F8", "F17", "F18", "F20", "F31"), adaptive=True)
+    (row,) = tables.rows([record(of, right=(1, 0) * (n // 2), **changes)])
+    return row._replace(audited=found)
+
+
+def test_verdicts_say_why_and_of_which_budgets():
+    assert tables.verdicts([rated(), rated("1/5")]) == ["sound by 5 checks"]
+    mixed = [rated("1/20"), rated(), rated("1/5", "OVERESTIMATE"), rated("3/10")]
+    assert tables.verdicts(mixed) == [
+        "at 0.05, 0.1, 0.3 sound by 5 checks",
+        "at 0.2 overestimate: F3 (one step does more)",
+    ]
+
+
+def test_of_what_nobody_looked_at_no_verdict_is_said():
+    assert tables.verdicts([row._replace(audited=None) for row in (rated(), rated("1/5"))]) == []
+    assert tables.verdicts([rated()._replace(audited=None), rated("1/5")]) == ["sound by 5 checks"]
+
+
+@pytest.mark.parametrize("n", [4, 20, 100, 1000])
+def test_a_number_is_sound_where_its_interval_is_as_short_as_was_asked(n):
+    row = rated(n=n)
+    low, high = row.metrics.robust_with_detection.interval
+    for precision in (0.4, 0.2, 0.1, 0.05, 0.02):
+        (said,) = tables.verdicts([row], precision)
+        assert said.startswith("sound") is ((high - low) / 2 <= precision)
+        needed = tables.flat(row, precision)["n_needed"]
+        assert needed > n if said.startswith("too few") else needed == n
+        assert said.startswith("sound") or f"n = {needed} for ± {100 * precision:g} %" in said
+
+
+def test_more_images_make_no_number_sound_that_is_flagged():
+    row = rated(verdict="OVERESTIMATE")
+    assert tables.verdicts([row], 0.01) == tables.verdicts([row])
+
+
+def test_a_sheet_names_the_badge_and_each_flag_once():
+    row = rated(verdict="INVALID")
+    twice = row._replace(audited=row.audited._replace(flags=row.audited.flags * 2))
+    values = tables.flat(twice)
+    assert (values["badge"], values["flags"]) == ("invalid: F3", "F3")
+    assert [tables.flat(row._replace(audited=None))[key] for key in ("badge", "flags")] == ["", ""]

@@ -40,8 +40,8 @@ class Frozen(Deployed):
         made: list[tuple[Tensor, Tensor | None]] = []
         with preserved_random_state():
             for seed in self.seeds:
-                for member, kind in zip(self.members, self.kinds, strict=True):
-                    seed_everything(seed)
+                for index, (member, kind) in enumerate(zip(self.members, self.kinds, strict=True)):
+                    seed_everything(seed + index)  # with one seed members would share their noise
                     made.append(_fixed(member, kind, x, features))
         s, m = len(self.seeds), len(self.members)
         logits = torch.stack([logits for logits, _ in made])

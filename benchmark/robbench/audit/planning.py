@@ -145,12 +145,12 @@ def _with(attack: str, **settings: object) -> str:
 
 
 def _longer(attack: str) -> Iterator[str]:
-    """Twice the steps, and five restarts."""
+    """Twice the steps, and five restarts or twice as many."""
     settings = settings_in(attack)
     if isinstance(steps := settings.get("steps"), int):
         yield _with(attack, steps=2 * steps)
-    if isinstance(settings.get("restarts"), int):
-        yield _with(attack, restarts=5)
+    if isinstance(restarts := settings.get("restarts"), int):
+        yield _with(attack, restarts=max(5, 2 * restarts))
 
 
 def _rescaled(attack: str) -> Iterator[str]:

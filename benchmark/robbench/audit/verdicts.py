@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from robbench.audit.case import Case, cases
 from robbench.audit.flags import CHECKS, VERDICTS, Flag, Verdict
+from robbench.grid import MODEL
 from robbench.records import Record, newest, without_versions
 
 ESTIMATOR = ("F17", "F18", "F20", "F31")  # without these no number is called sound
@@ -70,13 +71,17 @@ def number(name: str) -> tuple[int, str]:
 
 def is_adaptive(case: Case) -> bool:
     """A gradient attack by one who knows the defense: its draws and its own losses, or there is
-    nothing to know."""
+    nothing to know. A model of the caller has a loss of its own where there is an adaptive cell."""
     if not case.climbs:
         return False
     if case.cell.setting.kind == "adaptive":
         return True
-    known = any(part.losses or part.detector for part in case.parts)
-    return not case.stochastic and not known and bool(case.parts)
+    if not case.cell.defense.startswith(MODEL):
+        known = any(part.losses or part.detector for part in case.parts)
+        return not case.stochastic and not known and bool(case.parts)
+    return not case.stochastic and not any(
+        peer.cell.setting.kind == "adaptive" for peer in case.peers
+    )
 
 
 def badge(found: Audited) -> str:
