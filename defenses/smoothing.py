@@ -136,7 +136,8 @@ class Smoothing(Defense):
         return (self.noise and self.sigma > 0) or any(base.random for base in self.bases())
 
     def rule(self) -> Rule:
-        return BinomialTest(self.alpha)
+        # one answer is no sample: a test of it could only abstain
+        return BinomialTest(self.alpha) if self.random else MeanProbabilities()
 
 
 class Certificates(NamedTuple):

@@ -69,9 +69,7 @@ def scores(best, score, clean_best, clean_score):
 
 def lines_of(text):
     """The lines of a markdown table as dictionaries."""
-    split = [
-        [part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()
-    ]
+    split = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()]
     return [dict(zip(split[0], line, strict=True)) for line in split[2:]]
 
 
@@ -226,7 +224,9 @@ def test_attack_seeds_of_one_model_have_no_deviation_of_models():
 
 
 def test_models_with_unequal_seeds_have_so_many_on_average():
-    rows = [row((1, 1, 0, 0), train_seed=model, seed=seed) for model, seed in [(0, 0), (0, 1), (1, 0)]]
+    rows = [
+        row((1, 1, 0, 0), train_seed=model, seed=seed) for model, seed in [(0, 0), (0, 1), (1, 0)]
+    ]
     assert line_of(accounting.seeds(rows))["models × seeds"] == "2 × 1.5"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
@@ -17,6 +20,7 @@ from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.attacks.losses import Votes
 from robbench.deployed import Deployed
+from robbench.metrics import LOST
 from robbench.rules import MeanLogits, Vote
 from robbench.threat import Threat, distance, project_l1, within
 
@@ -197,3 +201,46 @@ def test_denial_is_reached_by_no_answer(network, digits):
         answers = access.deployed.decide(found, 20)
         shares.append((answers == digits.y).float().mean())
     assert shares[1] <= shares[0] + 0.03
+
+
+class Watched(Access):
+    """Access that keeps what each gradient and each selection told."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.steps, self.verdicts = [], []
+
+    def gradient(self, *args):
+        self.steps.append(super().gradient(*args))
+        return self.steps[-1]
+
+    def judge(self, *args):
+        self.verdicts.append(super().judge(*args))
+        return self.verdicts[-1]
+
+
+def test_the_trace_keeps_what_was_seen_lost_and_what_selection_said_of_the_choice(network, digits):
+    y = torch.where(torch.arange(48) < 5, (digits.y + 1) % 10, digits.y)
+    access = Watched(access_to(Coin(network, 1.0)).deployed, draws=5)
+    torch.manual_seed(0)
+    craft("apgd(steps=6, loss=margin)", access, SimpleNamespace(x=digits.x, y=y))
+    attacked = access.verdicts[0].lost < LOST  # what is lost on clean images is not
+    assert 0 < attacked.sum() < len(attacked)
+    seen = torch.stack([step.lost for step in access.steps])
+    chosen = torch.stack([verdict.lost for verdict in access.verdicts[-3:]]).amax(dim=0)
+    expected = torch.full((3, len(attacked)), math.nan)
+    expected[:, attacked] = torch.stack([seen.amax(dim=0), seen[-1], chosen])
+    found = [*access.trace["lost_seen"], access.trace["selected_lost"]]
+    np.testing.assert_array_equal(np.stack(found), expected.half().numpy())
+
+
+def test_of_a_deterministic_defense_the_trace_says_which_images_were_lost(network, digits):
+    right = network(digits.x).argmax(1) == digits.y
+    for spec in ("apgd(steps=10)", "apgd(steps=10, restarts=3)", "apgd(steps=10, targets=3)"):
+        access = access_to(network)
+        found = craft(spec, access, digits)
+        lost = torch.where(right, (network(found).argmax(1) != digits.y).float(), math.nan)
+        assert 0 < lost.nan_to_num().sum() < right.sum()
+        np.testing.assert_array_equal(access.trace["selected_lost"], lost.half().numpy())
+        worst = access.trace["lost_seen"][0]
+        np.testing.assert_array_equal(worst, access.trace["selected_lost"])

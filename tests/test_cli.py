@@ -609,6 +609,15 @@ def test_findings_without_a_place_for_them_are_one_line_and_stay(robbench, folde
     assert_one_line(robbench(*arguments, folder / "none.md"), "none.md", "does not exist")
 
 
+def test_a_full_disk_leaves_the_old_findings_whole(robbench, folder, monkeypatch):
+    page = folder / "findings.md"
+    page.write_text(f"{BEGIN}\nold\n{END}\n")
+    before = contents(folder)
+    full(monkeypatch, lambda path, text: "findings" not in path.name)
+    assert_one_line(robbench("leaderboard", "--findings", page, "--out", folder), "No space left")
+    assert contents(folder) == before
+
+
 def test_compare_pairs_the_images_of_two_defenses(robbench, folder):
     arguments = [*RUN, "--defense", OTHER, *SERIAL, "--json", "--out", folder]
     other = {row["eps"]: row["accuracy"] for row in json.loads(robbench(*arguments)[1])}

@@ -84,7 +84,9 @@ def test_json_says_the_same_and_nothing_else(robbench, audited):
     assert (code, err) == (0, "")
     assert (values["id"], values["badge"]) == (record.id, badge(found))
     assert tuple(values["assessed"]) == found.assessed
-    assert values["flags"] == [flag._asdict() | {"images": list(flag.images)} for flag in found.flags]
+    assert values["flags"] == [
+        flag._asdict() | {"images": list(flag.images)} for flag in found.flags
+    ]
     assert values["failed"] == {}
 
 

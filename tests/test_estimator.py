@@ -715,3 +715,30 @@ def test_weights_that_foreign_code_writes_are_put_back():
         for parameter in network.parameters():
             parameter.data.zero_()
     assert all(map(torch.equal, before, network.parameters()))
+
+
+def test_the_sandbox_names_what_was_changed_and_only_that():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout())
+    deployed = Deployed(nn.ModuleList([network.eval()]), MeanLogits(), (1, 8, 8), 10)
+    with sandboxed(deployed, 0) as changed:
+        deployed.sample(torch.rand(4, 1, 8, 8), 1)
+    assert changed == []
+    with sandboxed(deployed, 0) as changed:
+        nn.Module.train(network[3])
+        network[2].running_mean.add_(1)
+        network[1].bias.data.add_(1)
+        assert changed == [], "it is told afterwards"
+    assert changed == ["members.0.3", "members.0.2.running_mean", "members.0.1.bias"]
+    with sandboxed(deployed, 0) as changed:
+        pass
+    assert changed == [], "all was put back"
+
+
+def test_the_sandbox_names_what_was_changed_before_an_error():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout()).eval()
+    deployed = Deployed(nn.ModuleList([network]), MeanLogits(), (1, 8, 8), 10)
+    with pytest.raises(RuntimeError), sandboxed(deployed, 0) as changed:
+        nn.Module.train(network[2])
+        raise RuntimeError
+    assert changed == ["members.0.2"]

@@ -18,7 +18,8 @@ from torch import nn
 import robbench
 from robbench import datasets, registry
 from robbench.attacks.losses import Votes
-from robbench.evaluation import _placed
+from robbench.audit import badge
+from robbench.evaluation import Evaluation, _placed
 from robbench.records import Store
 from robbench.rules import MeanLogits, Vote
 
@@ -490,3 +491,88 @@ def test_own_models_are_shown_by_the_names_that_they_are_given(digits, network):
 def test_a_name_that_no_table_can_show_is_refused(name, digits, network):
     with pytest.raises(robbench.InputError, match="cannot name a model"):
         robbench.evaluate({name: network}, digits)
+
+
+# ---------------------------------------------------------------------------- what speaks for it
+
+
+def attacks_of(records):
+    return sorted(record.cell.attack for record in records)
+
+
+def test_every_estimator_is_probed_beside_its_attacks(network, opponent):
+    result = quick([network, opponent], attack=["fgsm", "pgd(steps=2)"])
+    assert attacks_of(result.evidence) == ["probe", "probe"]
+    assert len({record.cell.defense for record in result.evidence}) == 2
+    assert set(result.frame().attack) == {"fgsm", "pgd(steps=2)"}
+
+
+def test_flags_are_of_the_records_that_were_asked_for(network):
+    result = quick(network, attack=["fgsm", "pgd(steps=2)"])
+    found = result.flags()
+    assert set(found) == {record.id for record in result.records}
+    assert all({"F17", "F18", "F20", "F31"} <= set(each.assessed) for each in found.values())
+    alone = Evaluation(result.records).flags()
+    assert not any("F17" in each.assessed for each in alone.values())
+
+
+def test_more_evidence_makes_more_checks(network):
+    results = {
+        depth: quick(network, attack="pgd(steps=2)", n=6, audit=depth)
+        for depth in ("probe", "quick", "thorough")
+    }
+    made = {}
+    for depth, result in results.items():
+        (found,) = result.flags().values()
+        made[depth] = set(found.assessed)
+    assert made["probe"] < made["quick"] < made["thorough"]
+    assert "F3" in made["quick"] and {"F1", "F2", "F10", "F12"} <= made["thorough"]
+    assert attacks_of(results["quick"].evidence) == ["fgsm", "probe"]
+    numbers = [result.records[0].ok.tolist() for result in results.values()]
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_what_was_asked_for_is_no_evidence_beside_it(network):
+    result = quick(network, attack=["pgd(steps=2)", "fgsm"], audit="quick")
+    assert attacks_of(result.evidence) == ["probe"]
+    assert attacks_of(result.records) == ["fgsm", "pgd(steps=2)"]
+
+
+def test_of_several_budgets_the_smallest_one_has_the_evidence(network):
+    result = quick(network, attack="pgd(steps=2)", eps=["0.1", "0.05"], audit="quick")
+    (step,) = (record for record in result.evidence if record.cell.attack == "fgsm")
+    assert float(step.cell.threat.eps) == 0.05
+
+
+def test_an_attack_that_was_transferred_needs_no_evidence(network, opponent):
+    result = quick(network, setting="transfer", oracle=opponent, audit="quick")
+    assert result.evidence == []
+
+
+def test_evidence_that_fails_is_no_error(linear):
+    """A binarization test needs hidden activations, which this model does not name."""
+    x = torch.rand(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0, 0, 0] < x[:, 0, 0, 1]).long()
+    result = quick(linear, dataset=(x, y), attack="pgd(steps=2)", n=4, audit="thorough")
+    assert {record.status for record in result.records} == {"ok"}
+    assert "failed" in {record.status for record in result.evidence}
+
+
+def test_evidence_is_kept_under_out_and_read_again(network, tmp_path, monkeypatch):
+    first = quick(network, attack="pgd(steps=2)", audit="quick", out=tmp_path)
+    assert len(list(Store(tmp_path).all())) == 3
+    monkeypatch.setattr("robbench.evaluation.measure", lambda missing, *rest, **options: missing)
+    second = quick(network, attack="pgd(steps=2)", audit="quick", out=tmp_path)
+    assert second.flags() == first.flags()
+
+
+def test_a_table_and_a_frame_carry_the_badge(network):
+    result = quick(network, attack="pgd(steps=2)")
+    (word,) = result.frame().badge
+    (found,) = result.flags().values()
+    assert word == badge(found) and word in str(result)
+
+
+def test_an_unknown_depth_is_refused(network):
+    with pytest.raises(robbench.InputError, match="unknown audit 'thorogh'; did you mean 'thoro"):
+        quick(network, audit="thorogh")

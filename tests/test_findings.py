@@ -1,4 +1,4 @@
-"""The published evaluations on trial: what is claimed is valid, what is shown is what was measured."""
+"""The published evaluations on trial: valid claims beside what was measured, and nothing else."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from scipy import stats
 from torch import nn
 
 import robbench
-from robbench import datasets
+from robbench import datasets, registry
 from robbench.checkpoints import Shelf
-from robbench.defense import canonical, resolve
+from robbench.defense import canonical, resolve, with_preset
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.frozen import Frozen
@@ -135,6 +135,28 @@ def test_a_frozen_defense_is_deterministic_and_has_the_gradient_of_its_draws(dep
 
 
 # ---------------------------------------------------------------------------- a seed that is known
+
+
+RANDOM = [
+    name for name in registry.defenses if resolve(with_preset(name, "quick", "digits"))[0].random
+]
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_draws_of_every_random_defense_can_be_fixed(name, digits):
+    """Without training: fresh networks draw as trained ones do."""
+    data = datasets.load("digits")
+    (defense,) = resolve(with_preset(name, "quick", "digits").with_settings({"known_seed": 0}))
+    torch.manual_seed(0)
+    members = defense.build(data.shape, 10).eval()
+    defense.calibrate(members, data)
+    deployed = Deployed(members, defense.rule(), data.shape, 10, defense.draws)
+    assert deployed.stochastic
+    frozen = Frozen(deployed, range(2))
+    whole = frozen.sample(digits.x, 1).logits
+    assert torch.equal(frozen.sample(digits.x, 1).logits, whole)
+    torch.testing.assert_close(frozen.sample(digits.x[4:7], 1).logits, whole[:, :, 4:7])
+    assert not torch.allclose(whole[0], whole[1])
 
 
 @pytest.fixture(scope="module")

@@ -677,3 +677,95 @@ def test_an_image_that_leaves_early_is_judged_by_the_gradients_it_had(network, d
     wrong = (access(x).argmax(dim=1) + 1) % 10  # lost at the first of 20 steps
     craft("pgd(random=false)", access, x, wrong, Threat(eps="0.1"))
     assert (access.trace["dead"] == 1).all()
+
+
+class Watched(Access):
+    """Access that keeps what each gradient and each selection told."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.steps, self.verdicts = [], []
+
+    def gradient(self, x, *rest):
+        self.steps.append((x.clone(), super().gradient(x, *rest)))
+        return self.steps[-1][1]
+
+    def judge(self, x, *rest):
+        self.verdicts.append((x.clone(), super().judge(x, *rest)))
+        return self.verdicts[-1][1]
+
+
+def watched(network, **options):
+    return Watched(access_to(network).deployed, **options)
+
+
+def halves(values):
+    """As the trace stores shares."""
+    return torch.stack(values).half().numpy()
+
+
+def test_the_trace_keeps_the_worst_and_the_last_share_that_the_attack_saw_lost(network, digits):
+    access = watched(nn.Sequential(Noise(), network), draws=5)
+    torch.manual_seed(0)
+    craft("pgd(steps=6, restarts=2)", access, *digits, Threat(eps="0.1"))
+    lost = torch.stack([step.lost for _, step in access.steps])  # (12, N): no image leaves
+    assert 0 < float(lost.mean()) < 1
+    expected = halves([lost.amax(dim=0), lost[-1]])
+    np.testing.assert_array_equal(access.trace["lost_seen"], expected)
+
+
+def test_of_an_image_that_left_the_trace_keeps_the_look_by_which_it_did(network, digits):
+    x, y = digits
+    access = watched(network)
+    craft("pgd(steps=10)", access, x, y, Threat(eps="0.06"))
+    active, last = torch.arange(len(y)), torch.zeros(len(y))
+    for here, _ in access.steps:
+        wrong = network(here).argmax(dim=1) != y[active]
+        last[active] = wrong.float()
+        active = active[~wrong]
+    assert 0 < len(active) < len(y)
+    # what is lost for certain is looked at no more: the worst look is the last one
+    np.testing.assert_array_equal(access.trace["lost_seen"], halves([last, last]))
+
+
+def test_the_trace_keeps_what_the_selection_draws_said_of_the_point_that_is_returned(
+    network, digits
+):
+    x, y = digits
+    access = watched(nn.Sequential(Noise(), network), draws=4)
+    torch.manual_seed(0)
+    found = craft("pgd(steps=4, restarts=3)", access, x, y, Threat(eps="0.1"))
+    points = torch.stack([point for point, _ in access.verdicts])  # best and last of each restart
+    lost = torch.stack([verdict.lost for _, verdict in access.verdicts])
+    assert len(points) == 6
+    same = (points == found).flatten(2).all(dim=2)
+    expected = torch.stack([lost[same[:, i], i].amax() for i in range(len(y))])
+    np.testing.assert_array_equal(access.trace["selected_lost"], halves([expected])[0])
+    np.testing.assert_array_equal(access.trace["selected_lost"], halves([lost.amax(dim=0)])[0])
+    by_start = halves([lost[:2].amax(dim=0), lost[2:4].amax(dim=0), lost[4:].amax(dim=0)])
+    np.testing.assert_array_equal(access.trace["restarts_lost"], by_start)
+
+
+def test_restarts_of_a_deterministic_defense_are_lost_or_not(network, digits):
+    x, y = digits
+    access = watched(network)
+    found = craft("pgd(steps=3, restarts=4)", access, x, y, Threat(eps="0.06"))
+    ends = [point for point, _ in access.verdicts if len(point) == len(x)][-4:]
+    broken = torch.stack([network(point).argmax(dim=1) != y for point in ends]).float()
+    assert 0 < broken.mean() < 1
+    np.testing.assert_array_equal(access.trace["restarts_lost"], broken.half().numpy())
+    returned = (network(found).argmax(dim=1) != y).half().numpy()
+    np.testing.assert_array_equal(access.trace["selected_lost"], returned)
+
+
+@pytest.mark.parametrize(
+    ("spec", "missing"),
+    [
+        ("fgsm", {"selected_lost", "restarts_lost"}),
+        ("pgd(steps=2)", {"selected_lost", "restarts_lost"}),
+        ("pgd(steps=2, restarts=2)", set()),
+    ],
+)
+def test_what_was_not_chosen_has_no_trace_of_a_choice(spec, missing, access, digits):
+    craft(spec, access, *digits, Threat(eps="0.1"))
+    assert {"lost_seen", "selected_lost", "restarts_lost"} - set(access.trace) == missing

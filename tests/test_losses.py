@@ -11,10 +11,11 @@ import torch
 import torchattacks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp
 from torch import nn
 
 from robbench.access import Access
-from robbench.attacks.losses import SCORE_LOSSES, Votes, ce, choose, dlr, margin
+from robbench.attacks.losses import SCORE_LOSSES, TEMPERED, Votes, ce, choose, dlr, margin
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.estimator import Estimator
@@ -179,3 +180,39 @@ def test_auto_is_the_own_loss_and_else_cross_entropy():
 def test_an_unknown_loss_is_refused():
     with pytest.raises(InputError, match=r"^unknown loss 'dlrr'; did you mean 'dlr'\?$"):
         choose(access_to(nn.Flatten()), "dlrr")
+
+
+@given(SCORES, LABELS, st.sampled_from([10, 100]), st.booleans())
+@PROPERTY
+def test_a_tempered_loss_is_the_cross_entropy_of_cooler_scores(scores, labels, by, targeted):
+    y, target = labels
+    found = TEMPERED[f"ce-t{by}"](scores, y, target if targeted else None)
+    label = int(target if targeted else y)
+    expected = logsumexp(scores.numpy()[0] / by) - scores.numpy()[0, label] / by
+    assert float(found) == pytest.approx(-expected if targeted else expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", TEMPERED)
+def test_a_tempered_loss_has_a_gradient_where_that_of_cross_entropy_is_gone(name):
+    scores = torch.tensor([[150.0, 0.0, -50.0, 10.0]])
+    y = torch.tensor([0])
+    gradients = []
+    for loss in (ce, TEMPERED[name]):
+        leaf = scores.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(loss(leaf, y).sum(), leaf)[0])
+    assert not gradients[0].any() and gradients[1].all() and gradients[1].isfinite().all()
+    assert gradients[1].argmax() == 3  # towards the likeliest wrong label
+
+
+@pytest.mark.parametrize("name", TEMPERED)
+def test_an_attack_takes_a_tempered_loss_by_its_name(name):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    access = Access(Deployed(nn.ModuleList([network]), MeanLogits(), (1, 2, 2), 3))
+    x, y = torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.long)
+    loss, by = choose(access, name), float(name.removeprefix("ce-t"))
+    found = access.gradient(x, y, loss)
+    torch.testing.assert_close(found.loss, ce(network(x) / by, y))
+    leaf = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda leaf: TEMPERED[name](leaf.flatten(1)[:, :3] * 50, y), leaf
+    )

@@ -10,7 +10,7 @@ from torch import nn
 from robbench import datasets, registry
 from robbench.access import Access
 from robbench.attacks import Configured, find
-from robbench.attacks.published import TABLE
+from robbench.attacks.published import TABLE, effective
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.rules import MeanLogits
@@ -98,3 +98,21 @@ def test_a_step_may_be_written_as_a_fraction(network, digits):
     threat = Threat(eps="8/255")
     found = craft("bim(steps=2, step=2/255, keep=last)", network, digits.x, digits.y, threat)
     assert abs(float(distance(found, digits.x, "linf").max()) - 4 / 255) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "paper"), VARIANTS)
+def test_the_settings_of_a_variant_are_those_of_its_attack_but_for_the_paper_s(name, paper):
+    variant = Configured.of(f"{name}:as-published(paper={paper})")
+    found = effective(variant.entry.name, variant.settings)
+    plain, own = Configured.of(name).settings, TABLE[name][paper]
+    assert {key: found[key] for key in own} == dict(own)
+    assert {key: found[key] for key in set(plain) - set(own)} == {
+        key: plain[key] for key in set(plain) - set(own)
+    }
+    assert set(found) == set(plain) | set(own)  # and no word of the paper's name
+
+
+def test_what_is_given_on_top_outweighs_the_paper_in_the_settings_too():
+    variant = Configured.of("pgd:as-published(paper=adp, steps=7, keep=best)")
+    found = effective("pgd:as-published", variant.settings)
+    assert (found["steps"], found["keep"], found["label"]) == (7, "best", "predicted")

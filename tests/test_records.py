@@ -120,6 +120,36 @@ def test_a_record_survives_the_file(store):
     assert back.cell == written.cell
 
 
+def certain(**changes):
+    """How sure a defense was, and which label was its first one."""
+    counts, scores = np.array([5, 0, 2], dtype=np.uint8), np.array([2, -1, 0.5], dtype=np.float32)
+    fields = {"best": counts, "clean_best": counts, "score": scores, "clean_score": scores}
+    return record(**(fields | changes))
+
+
+def test_how_sure_a_defense_was_survives_the_file(store):
+    store.put(certain())
+    back = store.get(cell())
+    for name in ("best", "clean_best", "score", "clean_score"):
+        assert np.array_equal(getattr(back, name), getattr(certain(), name))
+    assert back.score.dtype == np.float32
+
+
+def test_a_record_of_the_time_before_scores_is_read(store):
+    path = store.put(record())
+    data = json.loads(path.read_text())
+    for name in ("best", "clean_best", "score", "clean_score"):
+        del data[name]
+    path.write_text(json.dumps(data))
+    assert read(path).score is None
+
+
+@pytest.mark.parametrize("name", ["best", "clean_best", "score", "clean_score"])
+def test_a_score_that_is_not_of_every_image_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is not a number for each of 3 images"):
+        certain(**{name: np.zeros(2, dtype=np.float32)})
+
+
 def test_the_text_does_not_depend_on_the_order_of_fields():
     assert (
         record(trace={"a": np.zeros(N), "b": np.ones(N)}).text()

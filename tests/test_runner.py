@@ -301,6 +301,34 @@ def test_a_deterministic_defense_is_scored_once(shared, plugin, digits, network)
     assert (record.ok + record.err == 1).all()
 
 
+def test_a_record_says_how_sure_the_defense_was_of_x_and_of_what_was_attacked(
+    shared, plugin, digits, network
+):
+    plugin(lambda access, x, y, threat, rng: moved(x, "linf", 0.1))
+    record, subset = run(shared), digits.subset(N)
+    for x, best, right, sure in (
+        (subset.x, record.clean_best, record.clean_ok, record.clean_score),
+        (moved(subset.x, "linf", 0.1), record.best, record.ok, record.score),
+    ):
+        with torch.no_grad():
+            first = network(x).double().softmax(dim=1).amax(dim=1)
+        assert np.array_equal(best, right), "what always answers names its first label"
+        np.testing.assert_allclose(sure, torch.logit(first), rtol=1e-3, atol=1e-3)
+
+
+def test_a_record_says_what_of_the_defense_an_attack_had_changed(shared, plugin):
+    def trains(access, x, y, threat, rng):
+        for module in access.deployed.modules():
+            module.training = True
+        return x
+
+    plugin(trains)
+    changed = run(shared, defense=NORMALISED).provenance["changed"]
+    assert "members.0.1" in changed, "the normalisation was told to train"
+    plugin(unmoved)
+    assert "changed" not in run(shared, defense=NORMALISED).provenance
+
+
 def test_a_defense_that_answers_nan_fails(shared, plugin, digits):
     class Broken(nn.Linear):
         def forward(self, x):  # the background of a digit is exactly 0

@@ -62,6 +62,15 @@ def test_it_goes_around_the_networks_of_a_base_with_their_weights(dataset):
     assert torch.equal(members.eval()[0](x), base[0](x))
 
 
+def test_without_noise_it_answers_like_its_network(dataset):
+    quiet = resolve(f"smoothing({TINY}, noise=false)")[0]
+    members = trained(f"smoothing({TINY}, noise=false)", dataset)
+    x = dataset.test.x[:50]
+    with torch.no_grad():
+        answers = Deployed(members, quiet.rule(), SHAPE, LABELS).decide(x, 1)[0]
+        assert torch.equal(answers, members[0](x).argmax(dim=1))
+
+
 def test_a_noisy_base_keeps_its_own_noise():
     spec = "smoothing(base=ito(members=2, network=resnet8(width=2)), epochs=0, noise=false)"
     members = resolve(spec)[0].build(SHAPE, LABELS).eval()

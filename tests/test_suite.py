@@ -15,11 +15,11 @@ from robbench import datasets, registry
 from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.attacks.losses import Votes
-from robbench.frozen import Frozen
 from robbench.attacks.suite import BUDGETS, Ready, Stage, compose, in_turn
 from robbench.defense import canonical, resolve, suite_of, with_preset
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.frozen import Frozen
 from robbench.grid import Block
 from robbench.networks.bpda import BPDA, declared_backwards
 from robbench.records import Record, Store
@@ -350,7 +350,7 @@ def test_what_cannot_be_frozen_is_refused(digits):
 
     access = access_to(Branching(), draws=2)
     attack = Configured.of("saa(draws=2, attack=fgsm)")
-    with pytest.raises(InputError, match="cannot fix the draws of Branching"):
+    with pytest.raises(InputError, match="the draws of Branching cannot be fixed"):
         attack(access, digits.x, digits.y, Threat(eps="0.1"), rng())
 
 

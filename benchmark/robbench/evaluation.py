@@ -241,7 +241,8 @@ def _evidence(
         raise unknown("audit", str(depth), get_args(Evidence))
     yield from probes(cells)
     seen = set()
-    for cell in cells if depth != "probe" else ():
+    ascending = sorted(cells, key=lambda cell: cell.threat.eps or 0)
+    for cell in ascending if depth != "probe" else ():
         subject = cell.defense, cell.attack, cell.threat.norm, cell.train_seed
         if cell.setting.kind in ("whitebox", "adaptive") and subject not in seen:
             seen.add(subject)

@@ -55,6 +55,7 @@ def probe(
     averaged = access.like(draws)
     snapshot = Snapshot(access.deployed)
     seen: Figures = {
+        "losses": list(access.losses),
         "repeatability": _repeatability(access, x),
         "outputs": _outputs(access, x),
         "paths": _paths(access.like(access.deployed.draws), x, y),

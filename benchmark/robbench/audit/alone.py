@@ -139,8 +139,8 @@ def _probed(case: Case) -> dict[str, Any] | None:
         return None
     gradients: dict[str, Any] = probe["gradients"]
     if name == "auto":
-        adaptive = case.cell.setting.kind == "adaptive"
-        name = next(iter(gradients)) if adaptive else "ce"
+        own = probe.get("losses", []) if case.cell.setting.kind == "adaptive" else []
+        name = next(iter(own), "ce")
     return gradients.get(name)
 
 

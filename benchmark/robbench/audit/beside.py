@@ -140,7 +140,7 @@ def _trained_against(case: Case) -> bool:
 @check("F4", "a larger ε breaks less")
 def monotone(case: Case) -> list[Raised] | None:
     """The next smaller ε of the same attack, paired over images."""
-    smaller = [peer for peer in case.peers if case.same_threat(peer) and case.alike(peer)]
+    smaller = [peer for peer in case.peers if case.same_threat(peer) and case.alike(peer, "step")]
     eps = case.cell.threat.eps
     smaller = [peer for peer in smaller if (peer.cell.threat.eps or 0) < (eps or 0)]
     if not case.climbs or not smaller or eps is None:

@@ -15,7 +15,7 @@ from robbench.datasets import Dataset
 from robbench.grid import MODEL, Block, Cell
 from robbench.registry import Spec
 from robbench.siblings import siblings
-from robbench.threat import Norm, Threat, format_eps
+from robbench.threat import Norm, Threat, format_eps, parse_eps
 
 PROBED = 32  # images that a probe looks at
 FEW = 20  # images of a decision-based attack
@@ -78,9 +78,9 @@ def plan(
         "eps": None if threat_eps is None else format_eps(threat_eps),
         "train_seed": train_seed,
     }
-    blocks = [{"attack": attack}, *_around(attack, norm, dataset, depth)]
+    blocks = [{"attack": attack}, *_around(attack, norm, threat_eps, dataset, depth)]
     if depth == "thorough" and not defense.startswith(MODEL):
-        blocks += _relatives(defense, attack, dataset)
+        blocks += _relatives(defense, attack, threat_eps, dataset)
     cells: dict[str, Cell] = {}
     for changes in blocks:
         fields = {key: value for key, value in {**common, **changes}.items() if value is not None}
@@ -100,7 +100,9 @@ def _known(cells: Iterable[Cell]) -> Iterator[Cell]:
             yield cell
 
 
-def _around(attack: str, norm: Norm, dataset: Dataset, depth: Depth) -> list[dict[str, Any]]:
+def _around(
+    attack: str, norm: Norm, eps: Fraction | None, dataset: Dataset, depth: Depth
+) -> list[dict[str, Any]]:
     """Changes of the attack, its threat or its seed, and other attacks on the same estimator."""
     if depth in ("binarization", "backdoor"):
         return [_planted(depth, attack)]
@@ -109,12 +111,10 @@ def _around(attack: str, norm: Norm, dataset: Dataset, depth: Depth) -> list[dic
         return found
     found += [{"attack": spec} for spec in _longer(attack)]
     found += [{"attack": spec} for spec in _rescaled(attack)]
-    budgets = [format_eps(each) for each in dataset.eps.get(norm, ())]
-    if budgets:
-        found.append({"attack": attack, "eps": budgets})
+    found += [_scaled(attack, eps, each) for each in dataset.eps.get(norm, ())]
     if "linf" in Configured.of(attack).entry.norms:
-        found.append({"attack": attack, "norm": "linf", "eps": "0.5"})
-        found.append({"attack": _with(attack, steps=200), "norm": "linf", "eps": "1"})
+        found.append({**_scaled(attack, eps, Fraction(1, 2)), "norm": "linf"})
+        found.append({**_scaled(_with(attack, steps=200), eps, Fraction(1)), "norm": "linf"})
     found += [
         {"attack": attack, "eot": 40},
         {"attack": attack, "seed": [1, 2]},
@@ -144,6 +144,14 @@ def _with(attack: str, **settings: object) -> str:
     return str(Spec.parse(attack).with_settings(kept))
 
 
+def _scaled(attack: str, eps: Fraction | None, other: Fraction) -> dict[str, Any]:
+    """The attack at another ε; steps of a fixed length stay the share of it that they are."""
+    step = settings_in(attack).get("step")
+    if step is not None and eps:
+        attack = _with(attack, step=format_eps(parse_eps(step) * other / eps))
+    return {"attack": attack, "eps": format_eps(other)}
+
+
 def _longer(attack: str) -> Iterator[str]:
     """Twice the steps, and five restarts or twice as many."""
     settings = settings_in(attack)
@@ -159,7 +167,9 @@ def _rescaled(attack: str) -> Iterator[str]:
             yield _with(attack, loss=loss)
 
 
-def _relatives(defense: str, attack: str, dataset: Dataset) -> Iterator[dict[str, Any]]:
+def _relatives(
+    defense: str, attack: str, eps: Fraction | None, dataset: Dataset
+) -> Iterator[dict[str, Any]]:
     """Transfer from each, the attack itself on those that lack the mechanism, and the control."""
     for relation in RELATIONS:
         for sibling in siblings(defense, dataset.name, relation):
@@ -167,5 +177,5 @@ def _relatives(defense: str, attack: str, dataset: Dataset) -> Iterator[dict[str
             if relation in ("noise-off", "base", "member", "undetected"):
                 yield {"attack": attack, "defense": [sibling]}
             if relation == "twin" and "linf" in Configured.of(attack).entry.norms:
-                control = {"norm": "linf", "eps": format_eps(dataset.control)}
-                yield {"attack": attack, "defense": [sibling], **control}
+                control = _scaled(attack, eps, dataset.control)
+                yield {**control, "norm": "linf", "defense": [sibling]}

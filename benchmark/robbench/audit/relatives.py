@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from robbench.audit.case import Case, attack_key, harm, kind, unseeded
-from robbench.audit.flags import Raised, check
+from robbench.audit.case import Case, attack_key, harm, kind, settings_of, unseeded
+from robbench.audit.flags import Raised, check, enough
 from robbench.metrics import outcomes
 from robbench.records import Record
 from robbench.threat import format_eps
@@ -105,16 +105,24 @@ def control(case: Case) -> list[Raised] | None:
         for record in undefended
         if record.cell.threat.norm == "linf"
         and (record.cell.threat.eps or 0) >= _control_eps(case)
-        and record.cell.attack == case.cell.attack
+        and _as(case, record)
         and record.cell.setting.kind in ("whitebox", "adaptive")
     ]
     if not far:
         return None
-    share = min(float(outcomes(record).mean()) for record in far)
-    if share <= TWIN:
+    best = min(far, key=lambda record: float(outcomes(record).mean()))
+    share = float(outcomes(best).mean())
+    if share <= TWIN or not enough(round(share * best.cell.n), best.cell.n):
         return []
     text = f"{100 * share:.1f} % of the undefended network's images survive it"
     return [Raised("INVALID", share, TWIN, text)]
+
+
+def _as(case: Case, record: Record) -> bool:
+    """The same attack, whatever the length of its steps: at another ε it is another one."""
+    mine, theirs = case.settings, settings_of(record)
+    alike = all(mine.get(key) == theirs.get(key) for key in {*mine, *theirs} - {"step"})
+    return kind(record) == kind(case.record) and alike
 
 
 def _control_eps(case: Case) -> Fraction:

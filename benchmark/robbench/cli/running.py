@@ -305,18 +305,23 @@ def _with_detector(text: str, detectors: str | None, fpr: str | None) -> str:
 def write_board(store: Store, dataset: str, records: Sequence[Record]) -> None:
     """The generated pages of one dataset, of its records."""
     from robbench.boards import pages
-    from robbench.records import unwritable
 
     for name, text in pages(dataset, records).items():
-        path = store.root / name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text)
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise unwritable(store.root, error) from None
+        write_page(store.root / name, text)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: the old page stays whole until the new one is."""
+    from robbench.records import unwritable
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path.parent, error) from None
 
 
 @click.command("train")

@@ -56,7 +56,7 @@ def list_command(kind: str, name: str | None) -> None:
 def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
     """Write DATASET.md, DATASET.csv and DATASET.flags.json from the records below OUT."""
     from robbench.boards import pages
-    from robbench.cli.running import write_board
+    from robbench.cli.running import write_board, write_page
     from robbench.records import Store
 
     store = Store(out)
@@ -82,7 +82,7 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
         if check and new != old:
             differing.append(str(finding))
         elif not check:
-            finding.write_text(new)
+            write_page(finding, new)
     if differing:
         click.echo(f"not what the records say: {', '.join(differing)}; run 'robbench leaderboard'")
         click.get_current_context().exit(1)
