@@ -120,6 +120,11 @@ def test_where_everybody_answers_there_is_no_table_of_refusals():
     assert accounting.refusals([row(), row((20, 5, 5, 0), 20, defense=RANDOM)]) == ""
 
 
+@pytest.mark.parametrize("given", [{"refused": (0, 0, 1, 0)}, {"silent": 1}], ids=str)
+def test_a_refusal_of_one_image_makes_the_table_be_it_attacked_or_clean(given):
+    assert len(lines_of(accounting.refusals([row(), row(**given, defense=DETECTED)]))) == 2
+
+
 def test_refusals_are_counted_and_priced():
     made = row((1, 0, 0, 0), refused=(0, 1, 0, 0), silent=1, defense=DETECTED)
     line = line_of(accounting.refusals([made]))

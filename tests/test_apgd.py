@@ -221,7 +221,7 @@ class Watched(Access):
 
 def test_the_trace_keeps_what_was_seen_lost_and_what_selection_said_of_the_choice(network, digits):
     y = torch.where(torch.arange(48) < 5, (digits.y + 1) % 10, digits.y)
-    access = Watched(access_to(Coin(network, 1.0)).deployed, draws=5)
+    access = Watched(access_to(Coin(network, 1.0), per_call=3).deployed, draws=6)
     torch.manual_seed(0)
     craft("apgd(steps=6, loss=margin)", access, SimpleNamespace(x=digits.x, y=y))
     attacked = access.verdicts[0].lost < LOST  # what is lost on clean images is not

@@ -17,7 +17,14 @@ from robbench.threat import Threat
 
 SCRIPTS = {"F37"}  # of the authors' own counting, which no record can show
 OLD = f"# Findings\n\nBefore.\n\n{BEGIN}\nold tables\n{END}\n\nAfter, and {END} once more.\n"
-MMC = "pgd:as-published(paper=mmc)"
+
+
+def attack_of(defense):
+    """The attack of the first claim on a defense."""
+    return next(finding.attack for finding in claims() if finding.defense == defense)
+
+
+MMC = attack_of("mmc")
 
 
 def record(right=(1, 1, 0, 0), defense="mmc", attack=MMC, dataset="digits", **of):
@@ -100,7 +107,7 @@ def test_without_records_nothing_was_measured():
 def test_a_claim_stands_beside_what_its_paper_s_attack_leaves_here():
     (line,) = tried(record((1, 1, 1, 0)))
     assert "24.8 % under PGD-50" in line[2]
-    assert line[3:5] == [f"`{MMC}`, whitebox", "4"]
+    assert line[3:5] == [f"`{Configured.of(MMC).spec}`, whitebox", "4"]
     assert line[5].startswith("75.0 (")
 
 
@@ -130,12 +137,12 @@ def test_a_failed_cell_was_not_measured():
 
 
 def test_the_record_of_most_images_counts():
-    (line,) = tried(record((0, 0)), record((1, 0, 1, 1, 1)), record((1, 0, 0)))
-    assert (line[4], line[5].split()[0]) == ("5", "80.0")
+    (line,) = tried(*(record((0,) * n) for n in range(1, 12)), record((1, 0, 1, 1) * 3))
+    assert (line[4], line[5].split()[0]) == ("12", "75.0")
 
 
 def test_where_a_detector_goes_around_a_defense_that_is_what_was_measured():
-    attack = "bim:as-published(paper=rce)"
+    attack = attack_of("rce")
     plain = record((0, 0), defense="rce", attack=attack)
     detected = record((1, 1), defense="rce(detector=k-density)", attack=attack)
     assert tried(plain, detected, defense="rce")[0][5].startswith("100.0")
@@ -143,7 +150,7 @@ def test_where_a_detector_goes_around_a_defense_that_is_what_was_measured():
 
 
 def test_the_setting_of_a_claim_is_kept():
-    attack = "pgd:as-published(paper=mixup-inference)"
+    attack = attack_of("mixup-inference")
     direct = record(defense="mixup-inference", attack=attack)
     setting = Setting(kind="transfer", oracle="mixup")
     transfer = record((1, 1, 1, 1), defense="mixup-inference", attack=attack, setting=setting)

@@ -732,7 +732,8 @@ def test_the_trace_keeps_what_the_selection_draws_said_of_the_point_that_is_retu
     network, digits
 ):
     x, y = digits
-    access = watched(nn.Sequential(Noise(), network), draws=4)
+    deployed = access_to(nn.Sequential(Noise(), network), per_call=3).deployed
+    access = Watched(deployed, draws=6)  # two calls, so that a lost one is more than lost draws
     torch.manual_seed(0)
     found = craft("pgd(steps=4, restarts=3)", access, x, y, Threat(eps="0.1"))
     points = torch.stack([point for point, _ in access.verdicts])  # best and last of each restart

@@ -196,7 +196,8 @@ def test_the_best_label_is_counted_whether_it_is_refused_or_not(images):
     found = score(trained(Vote(), share=0.3, members=2), x, y, 100, seed=0)
     refused = 100 - found.ok.astype(int) - found.err
     assert refused.max() > 20
-    assert (found.best >= found.ok).all()
+    tied = ((x[:, 0, 0, 0] == 1) & (y == 0)).numpy()  # label 3 against the label of the coin
+    assert (found.best[tied] > found.ok[tied]).all() and (found.best >= found.ok).all()
     assert (found.best.astype(int) <= found.ok + refused).all()
 
 

@@ -388,9 +388,10 @@ def test_a_number_is_sound_where_its_interval_is_as_short_as_was_asked(n):
         assert said.startswith("sound") or f"n = {needed} for ± {100 * precision:g} %" in said
 
 
-def test_more_images_make_no_number_sound_that_is_flagged():
-    row = rated(verdict="OVERESTIMATE")
-    assert tables.verdicts([row], 0.01) == tables.verdicts([row])
+def test_more_images_make_no_number_sound_that_is_not():
+    unaware = rated()._replace(audited=Audited((), ("F8",), adaptive=False))
+    for row in (rated(verdict="OVERESTIMATE"), unaware):
+        assert tables.verdicts([row], 0.01) == tables.verdicts([row])
 
 
 def test_a_sheet_names_the_badge_and_each_flag_once():
