@@ -167,7 +167,7 @@ def test_what_is_only_said_is_in_brackets_and_what_is_raised_is_not(monkeypatch)
     found = {made.id: Audited(flags, ("F3", "F9", "F17"), adaptive=True)}
     monkeypatch.setattr(findings, "audit", lambda records: found)
     (line,) = tried(made)
-    assert line[6:] == ["overestimate: F3", "F3, F9, (F17)", "F5, F8, F9"]
+    assert line[6:] == ["overestimate: F3", "F3, F9, (F17)", "F5 ?, F8 ?, F9 ✓"]
 
 
 def test_the_strongest_attack_is_the_suite_of_the_largest_budget_then_of_most_images():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from robbench import audit as audits
@@ -24,7 +23,7 @@ from robbench.deployed import Deployed
 from robbench.environment import choose_device
 from robbench.errors import InputError, unknown
 from robbench.executors import measure
-from robbench.grid import MODEL, Block, Cell, invalid, nothing
+from robbench.grid import MODEL, Cell, block, nothing
 from robbench.records import Record, Store
 from robbench.rules import Loss, MeanProbabilities, Rule
 from robbench.runner import Shared
@@ -210,13 +209,10 @@ def evaluate(
         "seed": seed,
         "train_seed": train_seed,
     }
-    try:
-        block = Block(**{key: value for key, value in fields.items() if value is not None})
-    except ValidationError as error:
-        raise InputError("; ".join(invalid(error))) from None
-    cells = list(dict.fromkeys(block.cells(data, preset, models)))
+    asked = block(**fields)
+    cells = list(dict.fromkeys(asked.cells(data, preset, models)))
     if not cells:
-        raise nothing([block])
+        raise nothing([asked])
     beside = list(dict.fromkeys(_evidence(cells, audit, data, preset, models)))
     beside = [cell for cell in beside if cell not in cells]
     store = None if out is None else Store(Path(out))

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from robbench.attacks import Configured
-from robbench.audit import audit, badge
+from robbench.audit import Audited, audit, badge
 from robbench.defense import shown, with_preset
 from robbench.errors import InputError
 from robbench.grid import Kind
@@ -68,7 +68,9 @@ def findings(records: Sequence[Record], dataset: str) -> str:
             "",
             tabulated(tried, headers),
             "",
-            "Why these flags were foreseen, from the texts and the released code:",
+            "✓ foreseen and raised, ✗ looked for and not raised, ? no evidence for or against; in"
+            " brackets what is information only. Why they were foreseen, from the texts and the"
+            " released code:",
             "",
             *reasons,
             "",
@@ -123,10 +125,17 @@ def _published(finding: Finding, made: Sequence[Row], dataset: str) -> Row | Non
 
 def _tried(finding: Finding, made: Sequence[Row], dataset: str) -> list[object]:
     row = _published(finding, made, dataset)
-    foreseen = ", ".join(finding.foreseen)
     start = [finding.paper, f"`{finding.defense}`", finding.claim]
     if row is None or row.metrics is None or row.audited is None:
-        return [*start, f"`{finding.attack}`", "", "not measured", "", "", foreseen]
+        return [
+            *start,
+            f"`{finding.attack}`",
+            "",
+            "not measured",
+            "",
+            "",
+            ", ".join(finding.foreseen),
+        ]
     raised = dict.fromkeys(flag.id for flag in row.audited.flags if flag.verdict != "INFO")
     said = dict.fromkeys(flag.id for flag in row.audited.flags if flag.verdict == "INFO")
     return [
@@ -136,8 +145,13 @@ def _tried(finding: Finding, made: Sequence[Row], dataset: str) -> list[object]:
         with_interval(row.metrics.accuracy),
         badge(row.audited),
         ", ".join([*raised, *(f"({name})" for name in said)]),
-        foreseen,
+        ", ".join(_came(name, {*raised, *said}, row.audited) for name in finding.foreseen),
     ]
+
+
+def _came(name: str, raised: set[str], audited: Audited) -> str:
+    """A foreseen flag with what became of it: ✓ raised, ✗ looked for in vain, ? no evidence."""
+    return f"{name} {'✓' if name in raised else '✗' if name in audited.assessed else '?'}"
 
 
 def _every(made: Sequence[Row], dataset: str) -> Iterable[list[object]]:

@@ -463,6 +463,14 @@ class Block(BaseModel):
         return listed if listed is not None else dataset.eps[norm]
 
 
+def block(**fields: object) -> Block:
+    """A block of these keys, those that are None left out; all mistakes in one InputError."""
+    try:
+        return Block(**{key: value for key, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise InputError("; ".join(invalid(error))) from None
+
+
 class _Target(BaseModel):
     """A defense as a grid needs it."""
 

@@ -12,7 +12,7 @@ from robbench.attacks import Configured
 from robbench.audit.case import attack_of, estimator_of, settings_in
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
-from robbench.grid import MODEL, Block, Cell
+from robbench.grid import MODEL, Cell, block
 from robbench.registry import Spec
 from robbench.siblings import siblings
 from robbench.threat import Norm, Threat, format_eps, parse_eps
@@ -83,8 +83,7 @@ def plan(
         blocks += _relatives(defense, attack, threat_eps, dataset)
     cells: dict[str, Cell] = {}
     for changes in blocks:
-        fields = {key: value for key, value in {**common, **changes}.items() if value is not None}
-        for cell in _known(Block(**fields).cells(dataset, preset, models)):
+        for cell in _known(block(**{**common, **changes}).cells(dataset, preset, models)):
             cells.setdefault(cell.id, cell)
     for cell in probes(cells.values()):
         cells.setdefault(cell.id, cell)

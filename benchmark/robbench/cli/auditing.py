@@ -111,26 +111,20 @@ def audit_command(**options: Any) -> None:
 
 def _cells(options: dict[str, Any], norm: Norm, eps: Fraction | None) -> list[Cell]:
     """What the audit needs, the cell on trial first."""
-    from pydantic import ValidationError
-
     from robbench import registry
     from robbench.audit.planning import plan
-    from robbench.grid import invalid
 
-    try:
-        return plan(
-            options["defense"],
-            registry.dataset(options["dataset"], options["data_dir"]),
-            attack=options["attack"],
-            norm=norm,
-            eps=eps,
-            n=options["count"],
-            depth=options["test"] or ("thorough" if options["thorough"] else "quick"),
-            preset=options["preset"],
-            train_seed=options["train_seed"],
-        )
-    except ValidationError as error:
-        raise InputError("; ".join(invalid(error))) from None
+    return plan(
+        options["defense"],
+        registry.dataset(options["dataset"], options["data_dir"]),
+        attack=options["attack"],
+        norm=norm,
+        eps=eps,
+        n=options["count"],
+        depth=options["test"] or ("thorough" if options["thorough"] else "quick"),
+        preset=options["preset"],
+        train_seed=options["train_seed"],
+    )
 
 
 def _json(record: Record, found: Audited, failed: Sequence[Record]) -> str:

@@ -192,9 +192,7 @@ def _cells(blocks: Sequence[Block], options: dict[str, Any]) -> list[Cell]:
 
 
 def _blocks(options: dict[str, Any]) -> list[Block]:
-    from pydantic import ValidationError
-
-    from robbench.grid import Block, invalid, read_blocks
+    from robbench.grid import block, read_blocks
 
     if options["grid"]:
         return read_blocks(options["grid"])
@@ -220,10 +218,7 @@ def _blocks(options: dict[str, Any]) -> list[Block]:
         "seed": list(range(options["seeds"])),
         "train_seed": list(range(options["train_seeds"])),
     }
-    try:
-        return [Block(**{key: value for key, value in fields.items() if value is not None})]
-    except ValidationError as error:
-        raise InputError("; ".join(invalid(error))) from None
+    return [block(**fields)]
 
 
 def _with_settings(text: str, kind: str, assignments: Sequence[str]) -> str:
