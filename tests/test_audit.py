@@ -205,9 +205,12 @@ CASES = [
     ("F5", [], record(20), record(22, attack="pgd(steps=40)")),
     ("F5", ["OVERESTIMATE"], record(20), record(23, attack="pgd(steps=40)")),
     ("F5", ["OVERESTIMATE"], record(20), record(23, attack="pgd(restarts=2)")),
-    ("F5", None, record(20), record(23, attack="pgd(steps=39)")),
-    ("F5", None, record(20), record(23, attack="pgd(steps=40, loss=dlr)")),
-    ("F5", None, record(20, attack="pgd(restarts=2)"), record(30, attack="pgd(steps=40)")),
+    ("F5", [], record(20), record(23, attack="pgd(steps=39)")),  # 2 standard errors are 3.4
+    ("F5", ["OVERESTIMATE"], record(20), record(24, attack="pgd(steps=39)")),
+    ("F5", ["OVERESTIMATE"], record(20), record(24, attack="deepfool")),
+    ("F5", None, record(20)),
+    ("F5", None, record(20), record(30, attack="square")),
+    ("F5", None, record(20), record(30, attack="fgsm")),
     (
         "F5",
         ["OVERESTIMATE"],
@@ -241,7 +244,8 @@ CASES = [
     ("F8", [], record(3, trace=gradients(3))),  # content where all is lost
     ("F8", [], record(trace=gradients(0, zeros=0.5))),
     ("F8", ["INVALID"], record(trace=gradients(0, zeros=0.51))),
-    ("F8", [], record(), probed()),
+    ("F8", None, record(), probed()),  # a probe can accuse an attack, and not acquit it
+    ("F8", [], record(trace=gradients(0)), probed()),
     ("F8", ["INVALID"], record(), probed(gradients={"ce": {"path": False, "reason": "none"}})),
     (
         "F8",
@@ -252,7 +256,7 @@ CASES = [
     (
         "F8",
         [],
-        record(attack="pgd(loss=dlr)"),
+        record(attack="pgd(loss=dlr)", trace=gradients(0)),
         probed(gradients={"ce": {"path": False, "reason": "none"}}),
     ),
     ("F8", ["INVALID"], failed("FloatingPointError: the loss is not finite")),
@@ -365,7 +369,8 @@ CASES = [
     ("F33", ["WARN"], detected(0, refused=50, best=low(4).astype(np.uint8))),
     ("F33", None, record()),
     ("F34", [], detected(20), record(20, eps="0.05")),
-    ("F34", ["OVERESTIMATE"], detected(19), record(20, eps="0.05")),
+    ("F34", [], detected(14), record(20, eps="0.05")),  # 2 standard errors are 7
+    ("F34", ["OVERESTIMATE"], detected(13), record(20, eps="0.05")),
     ("F34", None, detected(19), record(20, eps="0.04")),
     ("F34", None, record(19), record(20, eps="0.05")),
     ("F35", [], record()),
@@ -482,7 +487,8 @@ def test_what_is_raised_was_assessed_and_names_images_of_the_record(board):
 def test_the_images_of_a_better_search_are_the_difference_of_two_sets(mine, theirs, wrong):
     found = flags("F10", record(mine, n=40, wrong=wrong), record(theirs, n=40, attack="square"))
     missed = sorted(theirs - mine - wrong)
-    assert [flag.images for flag in found] == ([tuple(missed)] if len(missed) >= 3 else [])
+    images = [flag.images for flag in found if flag.images]  # without: more is lost in the mean
+    assert images == ([tuple(missed)] if len(missed) >= 3 else [])
 
 
 @settings(deadline=None)
@@ -641,8 +647,8 @@ def test_cells_of_a_plan_are_there_once(digits):
 
 def test_the_probe_of_an_estimator_is_one_whatever_attacks_it():
     of = [cell(), cell(attack="mim", eps="0.3"), cell(seed=4), cell(norm="l2", eps="2")]
-    assert len({probe_of(each).id for each in of}) == 1
-    assert probe_of(cell(defense="pgd-at")).id != probe_of(cell()).id
+    assert len({probe_of(each, 100).id for each in of}) == 1
+    assert probe_of(cell(defense="pgd-at"), 100).id != probe_of(cell(), 100).id
 
 
 def test_thorough_evidence_is_found_by_the_checks_that_want_it(digits):

@@ -119,10 +119,10 @@ def test_what_a_run_has_measured_is_not_measured_again(robbench, tmp_path):
 
 def test_an_audit_uses_records_of_other_attacks_too(robbench, tmp_path):
     _, alone, _ = robbench(*AUDIT, *SERIAL, "--json", "--out", tmp_path)
-    more = ["run", *AUDIT[1:], "--attack", "pgd(steps=6)", "--baseline", "none"]
+    more = ["run", *AUDIT[1:], "--attack", "square(queries=5)", "--baseline", "none"]
     assert robbench(*more, *SERIAL, "--quiet", "--out", tmp_path)[0] == 0
     _, beside, _ = robbench(*AUDIT, "--json", "--out", tmp_path)
-    assert "F5" in set(json.loads(beside)["assessed"]) - set(json.loads(alone)["assessed"])
+    assert "F10" in set(json.loads(beside)["assessed"]) - set(json.loads(alone)["assessed"])
 
 
 def test_the_test_of_a_planted_trigger_runs_alone_and_is_assessed(robbench, tmp_path):

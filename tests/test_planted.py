@@ -34,8 +34,8 @@ def test_the_number_of_what_is_planted_is_not_ranked(found, name):
 
 
 @pytest.mark.parametrize("name", ONE_DRAW)
-def test_an_attack_that_sees_one_draw_at_a_time_is_not_adaptive(found, name):
-    assert badge(found(name)) == "not adaptive"
+def test_an_attack_that_sees_one_draw_at_a_time_is_not_ranked(found, name):
+    assert not found(name).adaptive and not found(name).sound
 
 
 @pytest.mark.parametrize("name", SOUND)

@@ -111,16 +111,32 @@ def test_an_unsound_defense_is_shown_by_its_lowest_direct_number():
 
 
 def test_attacks_on_several_n_are_compared_on_the_images_that_both_had():
-    many = row((1, 0, 1, 1, 1, 1), attack="pgd")  # of the first four one more is right than
-    few = row((1, 0, 0, 1), attack="apgd")
+    many = row((1, 0, 1, 1) * 30, attack="pgd")  # of the first hundred more are right than
+    few = row((1, 0, 0, 1) * 25, attack="apgd")
     assert standings(many, few)[0].row is few
-    alike = row((1, 0, 1, 1), attack="apgd")
+    alike = row((1, 0, 1, 1) * 25, attack="apgd")
     assert standings(many, alike)[0].row is many  # as strong, and known of more images
 
 
-def test_trained_models_stand_for_themselves():
-    lines = ranking.ranking_lines(standings(row(train_seed=1), row((1, 1, 1, 0))))
-    assert [line[1] for line in lines] == ["`standard`", "`standard` train seed 1"]
+def test_a_number_on_few_images_ranks_nobody_who_has_others():
+    many, few = row((1, 0) * 50), row((0,) * 99, attack="apgd")
+    assert standings(many, few)[0].row is many
+    assert standings(few)[0].row is few
+    assert standings(row((1, 0)), few)[0].row is few
+
+
+def test_the_trained_model_that_was_attacked_most_stands_for_a_defense():
+    twice = [row(train_seed=1), row((1, 1, 1, 0), train_seed=1, attack="mim")]
+    (placed,) = standings(row((1, 0, 0, 0)), *twice)
+    assert placed.row is twice[0]
+    (placed,) = standings(row(train_seed=1), row((1, 0, 0, 0)))
+    assert placed.row.cell.train_seed == 0
+
+
+def test_an_older_version_of_a_defense_is_not_ranked():
+    old, new = row((0, 0, 0, 0), defense_version="9"), row(defense_version="10")
+    (placed,) = standings(old, new)
+    assert placed.row is new
 
 
 def test_attack_seeds_are_attempts_at_the_same_defense():

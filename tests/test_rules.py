@@ -50,7 +50,7 @@ def leaders(tally):
     return {label for label, count in tally.items() if count == most}, most
 
 
-@pytest.mark.parametrize("rule", VOTES, ids=repr)
+@pytest.mark.parametrize("rule", VOTES, ids=str)
 @given(BALLOTS)
 @PROPERTY
 def test_a_vote_is_counted_by_hand(rule, ballots):
@@ -68,7 +68,7 @@ def test_a_vote_is_counted_by_hand(rule, ballots):
     assert found.score.item() == pytest.approx(most / len(votes))
 
 
-@pytest.mark.parametrize("rule", [MeanLogits(), MeanProbabilities(), *VOTES], ids=repr)
+@pytest.mark.parametrize("rule", [MeanLogits(), MeanProbabilities(), *VOTES], ids=str)
 def test_the_label_is_what_the_rule_decides_and_the_best_wherever_there_is_one(rule):
     for seed in range(20):
         draw = randoms(draws=4, members=3, seed=seed)
@@ -85,7 +85,7 @@ def test_the_label_is_what_the_rule_decides_and_the_best_wherever_there_is_one(r
         (MeanLogits(), lambda logits: logits.mean(axis=(0, 1))),
         (MeanProbabilities(), lambda logits: np.log(softmax(logits, axis=-1).mean(axis=(0, 1)))),
     ],
-    ids=repr,
+    ids=["mean logits", "mean softmax"],
 )
 def test_a_mean_is_as_sure_as_the_log_odds_of_its_first_label(rule, mean):
     draw = randoms()
@@ -124,7 +124,7 @@ def test_a_rule_of_a_caller_without_an_answer_of_its_own_has_one():
     assert torch.equal(found.best, draw.logits[0, 0].argmax(dim=-1))
 
 
-@pytest.mark.parametrize("rule", [MeanProbabilities(), Vote(majority=False)], ids=repr)
+@pytest.mark.parametrize("rule", [MeanProbabilities(), Vote(majority=False)], ids=str)
 def test_a_detector_takes_labels_away_and_leaves_the_best_one(rule):
     detector = configure("confidence")
     draw = randoms(5, 3, 40)

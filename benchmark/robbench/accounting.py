@@ -9,7 +9,7 @@ from robbench.defense import resolve, shown
 from robbench.errors import InputError
 from robbench.grid import MODEL
 from robbench.metrics import Measure, detected
-from robbench.metrics.abstention import abstention, costs, detection, operating
+from robbench.metrics.abstention import abstention, costs, detection, operating, risk_coverage
 from robbench.metrics.uncertainty import looks, variability
 from robbench.records import Record
 from robbench.registry import Spec
@@ -74,7 +74,7 @@ def refusals(group: Sequence[Row]) -> str:
     for row in group:
         assert row.record is not None
         found, price = abstention(row.record), costs(row.record)
-        equal = operating(row.record, EQUAL)
+        equal, curve = operating(row.record, EQUAL), risk_coverage(row.record)
         lines.append(
             [
                 *_named(row),
@@ -85,12 +85,14 @@ def refusals(group: Sequence[Row]) -> str:
                 " / ".join(_points(price[each]) for each in sorted(price)),
                 _points(equal.coverage.value) if equal else "",
                 _points(equal.risk.value) if equal else "",
+                _points(curve.area) if curve else "",
             ]
         )
     headers = [
         "defense", "setting", "ε", "clean coverage %", "coverage %", "right among answers %",
         "evasion %", "cost at " + " / ".join(f"{each:g}" for each in sorted(price)),
         f"coverage at {EQUAL:.0%} clean", "wrong among these %",
+        "area below risk–coverage %",
     ]  # fmt: skip
     return tabulated(lines, headers)
 

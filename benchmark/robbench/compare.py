@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tabulate import tabulate
 
 from robbench import statistics
+from robbench.audit import is_diagnostic
 from robbench.defense import canonical, with_preset
 from robbench.errors import InputError
 from robbench.grid import KINDS, Cell
@@ -116,7 +117,10 @@ def _unequal(pairs: Sequence[Pair]) -> str:
 
 
 def _goal(cell: Cell) -> str:
-    return "" if cell.threat.goal == "error" else f" goal={cell.threat.goal}"
+    """What tells two cells of one attack apart: the goal, and seeds that are not 0."""
+    goal = "" if cell.threat.goal == "error" else f" goal={cell.threat.goal}"
+    seeds = f" seed={cell.seed}" * bool(cell.seed)
+    return goal + seeds + f" train_seed={cell.train_seed}" * bool(cell.train_seed)
 
 
 def _points(share: float) -> str:
@@ -138,7 +142,11 @@ def _of(text: str, records: Iterable[Record], dataset: str) -> list[Record]:
         name, kind = text, ""
     if at and kind not in KINDS:
         raise InputError(f"{kind!r} in {text!r} is not a setting; write one of {', '.join(KINDS)}")
-    named = [record for record in records if not kind or record.cell.setting.kind == kind]
+    named = [
+        record
+        for record in records
+        if (not kind or record.cell.setting.kind == kind) and not is_diagnostic(record.cell)
+    ]
     found = [record for record in named if record.cell.defense == name]  # a model of the caller
     for spec in () if found else (_quick(name, dataset), str(canonical(name))):
         found = found or [record for record in named if record.cell.defense == spec]

@@ -235,7 +235,7 @@ def _evidence(
     """The cells that an audit of these needs; of several ε the smallest one's."""
     if depth not in get_args(Evidence):
         raise unknown("audit", str(depth), get_args(Evidence))
-    yield from probes(cells)
+    yield from probes(cells, lambda name: len(dataset.test.y))
     seen = set()
     ascending = sorted(cells, key=lambda cell: cell.threat.eps or 0)
     for cell in ascending if depth != "probe" else ():

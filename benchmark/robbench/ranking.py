@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from robbench.defense import shown
 from robbench.metrics import Measure, detected, share
 from robbench.tables import Row, setting_text
 from robbench.threat import NORM_NAMES, Threat, format_eps
+
+ENOUGH = 100  # images: numbers on fewer rank nobody who has others
 
 
 class Standing(NamedTuple):
@@ -26,18 +29,37 @@ class Standing(NamedTuple):
 
 
 def standings(made: Iterable[Row]) -> list[tuple[Threat, list[Standing]]]:
-    """Every threat under which a defense has a sound number, and all defenses under it."""
-    by_threat: dict[Threat, dict[tuple[str, int], list[Row]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for row in made:
+    """Every threat under which a defense has a sound number, and all defenses under it, each as it
+    is now and trained once: the trained model that was attacked most stands for it."""
+    rows = list(made)
+    by_threat: dict[Threat, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in _of_the_newest(rows):
         threat = row.cell.threat
         ranked = threat.goal == "error" and not threat.targeted and threat.eps is not None
         if row.metrics is not None and row.audited is not None and ranked:
-            by_threat[threat][row.cell.defense, row.cell.train_seed].append(row)
+            by_threat[threat][row.cell.defense].append(row)
     ordered = sorted(by_threat, key=lambda threat: (NORM_NAMES.index(threat.norm), threat.eps))
     found = [(threat, _standings(list(by_threat[threat].values()))) for threat in ordered]
     return [(threat, placed) for threat, placed in found if placed[0].place is not None]
+
+
+def _of_the_newest(rows: Sequence[Row]) -> list[Row]:
+    """Those of each defense's newest version on the data, and of its most attacked model."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.cell.defense, row.cell.defense_version, row.cell.data].append(row)
+    newest: dict[str, tuple[tuple[int, ...], int, list[Row]]] = {}
+    for (defense, version, _), group in groups.items():
+        numbers = tuple(int(each) for each in re.findall(r"\d+", version))
+        candidate = (numbers, len(group), group)
+        if defense not in newest or candidate[:2] > newest[defense][:2]:
+            newest[defense] = candidate
+    kept = []
+    for _, _, group in newest.values():
+        counts = Counter(row.cell.train_seed for row in group)
+        model = min(counts, key=lambda seed: (-counts[seed], seed))
+        kept += [row for row in group if row.cell.train_seed == model]
+    return kept
 
 
 def _standings(defenses: Sequence[Sequence[Row]]) -> list[Standing]:
@@ -61,14 +83,21 @@ def _standings(defenses: Sequence[Sequence[Row]]) -> list[Standing]:
 
 
 def _lowest(rows: Sequence[Row]) -> Row:
-    """The strongest attack on the images that all of them attacked; of equals that on more."""
-    common = min(row.cell.n for row in rows)
+    """The strongest attack on the images that all of them attacked, of those on enough images; of
+    equals the deeper one."""
+    enough = [row for row in rows if row.cell.n >= ENOUGH]
+    if not enough:  # a few images are all there is, or all that anybody took
+        most = max(row.cell.n for row in rows)
+        enough = [row for row in rows if row.cell.n == most]
+    common = min(row.cell.n for row in enough)
 
-    def order(row: Row) -> tuple[float, int, str]:
+    def order(row: Row) -> tuple[object, ...]:
         assert row.record is not None
-        return float(detected(row.record)[:common].mean()), -row.cell.n, row.cell.id
+        suite = row.audited is not None and row.audited.staged
+        lost = float(detected(row.record)[:common].mean())
+        return lost, not suite, -row.cell.n, row.cell.id
 
-    return min(rows, key=order)
+    return min(enough, key=order)
 
 
 def _worst(row: Row, rows: Sequence[Row]) -> Measure | None:

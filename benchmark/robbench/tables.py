@@ -246,7 +246,7 @@ def _word(row: Row, precision: float | None) -> str:
         return f"{word} ({flag.line})"
     if word == "sound" and (needed := _needed(row, precision)):
         return f"too few images to be sure: n = {needed} for ± {100 * (precision or 0):g} %"
-    return word
+    return f"{word}: 'robbench audit --thorough' looks closer" if word == "not audited" else word
 
 
 def _needed(row: Row, precision: float | None) -> int | None:
@@ -322,6 +322,8 @@ def flat(row: Row, precision: float | None = None) -> dict[str, object]:
             values[f"{name}_high"] = _rounded(measure.interval.high)
         if precision is not None:
             values["n_needed"] = _needed(row, precision) or cell.n
+            if values["badge"] == "sound" and values["n_needed"] != cell.n:
+                values["badge"] = "too few images"
         values["draw_error"] = _rounded(row.metrics.draw_error)
         values["draws"] = row.record.draws
         values |= {key: row.record.cost[key] for key in ("forwards", "backwards", "queries")}

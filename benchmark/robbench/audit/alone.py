@@ -13,6 +13,8 @@ from robbench.metrics import LOST, outcomes
 from robbench.threat import parse_eps
 
 SIGN_STEPS = ("fgsm", "bim", "pgd", "mim")
+STEPPING = ("bim", "pgd", "mim", "apgd", "ilcm")
+FEWEST = 10  # steps of an attack that calls itself iterative
 STUCK = 0.1  # of the images on which a loss does not grow
 MOVING = 0.05  # of the range of the loss, in its last quarter
 ONCE = 0.1  # of the images that exactly one of several restarts breaks
@@ -20,6 +22,7 @@ IDLE = 0.05  # of the clean-correct images that come back as they were
 SLACK = 0.03  # between draws that select and draws that score
 SILENT = 0.005
 DEAD = 0.01
+PROBED = 32  # images that a probe looks at, where there are as many
 
 
 def _finished(case: Case) -> bool:
@@ -40,6 +43,9 @@ def reachable(case: Case) -> list[Raised] | None:
     steps, eps = case.settings.get("steps"), case.cell.threat.eps
     if not _finished(case) or not case.climbs or steps is None or eps is None:
         return None
+    if kind(case.record) in STEPPING and steps < FEWEST:
+        text = f"{steps} step{'s' * (steps > 1)} are no iterative attack: {FEWEST} at least"
+        return [Raised("OVERESTIMATE", steps, FEWEST, text)]
     step = _step_length(case)
     if step is None:
         return None
@@ -113,10 +119,10 @@ def gradient(case: Case) -> list[Raised] | None:
         return None
     dead, zeros = record.trace.get("dead"), record.trace.get("zero_gradient")
     seen = _probed(case)
-    if dead is None and seen is None:
-        return None
+    if dead is None or zeros is None:
+        return [*_as_probed(seen)] or None  # a probe can accuse an attack, and not acquit it
     found = []
-    if dead is not None and zeros is not None:
+    if len(dead):
         # a loss that is content with a refusal has nothing to climb, and has not failed
         still = _right_after(case) & (outcomes(record) >= 0.5)
         images = np.flatnonzero((dead >= 0.5) & still)
@@ -153,6 +159,9 @@ def _as_probed(seen: dict[str, Any] | None) -> Iterator[Raised]:
         count = len(seen["not_finite"])
         text = f"at x or near it the gradient of {count} images is not finite"
         yield Raised("INVALID", count, 0, text, seen["not_finite"])
+    elif enough(len(seen["dead"]), PROBED):
+        text = f"at x or near it the gradient of {len(seen['dead'])} of {PROBED} images is all zero"
+        yield Raised("INVALID", len(seen["dead"]), 0, text, seen["dead"])
     elif seen["zeros"] > 0.5:
         text = f"at x or near it {100 * seen['zeros']:.0f} % of the gradient's pixels are zero"
         yield Raised("INVALID", seen["zeros"], 0.5, text, seen["dead"])
@@ -208,7 +217,7 @@ def looks(case: Case) -> list[Raised] | None:
     """What an attack reports that counts its first lost look, beside the expectation; fewer draws
     than a decision takes are no look at all."""
     seen = case.record.trace.get("lost_seen")
-    if not case.stochastic or seen is None or not case.climbs:
+    if not case.stochastic or seen is None or not case.climbs or case.cell.n < 2:
         return None
     if any(part.draws > case.eot for part in case.parts):
         return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 import numpy as np
 
 from robbench.attacks import Attack
-from robbench.audit.case import Case, attack_of, harm, kind, settings_of
+from robbench.audit.case import ONE_STEP, POINTS, Case, attack_of, harm, kind, settings_of
 from robbench.audit.flags import Raised, check, enough
 from robbench.metrics import outcomes
 from robbench.records import Record
@@ -16,7 +16,7 @@ from robbench.threat import format_eps
 
 GREY, WHOLE = Fraction(1, 2), Fraction(1)  # ε under linf: every image can become grey, or any other
 LEAST_STEPS, MANY_STEPS = 20, 200
-POINT, POINTS = 0.01, 0.02
+POINT = 0.01
 CHANCE_ERRORS = 3  # standard errors above chance
 SPARED = 0.1  # of the answers withheld under attack would have been wrong
 ALIKE = (0.2, 0.8)  # an accuracy at which two attacks do not agree on every image by themselves
@@ -104,10 +104,8 @@ def one_step(case: Case) -> list[Raised] | None:
     ]
     if not singles:
         return None
-    images, n = case.only_to(singles)
-    if enough(len(images), n):
-        text = f"one step breaks {len(images)} images that {case.cell.attack} leaves right"
-        return [Raised("OVERESTIMATE", len(images), 0, text, images)]
+    if accused := _accused(case, singles, "one step"):
+        return accused
     same = [peer for peer in singles if case.same_threat(peer, weaker=False)]
     return _no_gain(case, same)
 
@@ -163,20 +161,40 @@ def monotone(case: Case) -> list[Raised] | None:
     return []
 
 
-@check("F5", "a longer attack breaks more")
+@check("F5", "another gradient attack breaks more")
 def converged(case: Case) -> list[Raised] | None:
-    """Twice the steps, restarts or draws, one at a time; paired over images."""
+    """Twice the steps, restarts or draws, one at a time; and every other attack with gradients
+    under the same threat. Paired over images."""
+    if not case.climbs:
+        return None
     longer = [peer for peer in case.peers if _doubled(case, peer)]
-    if not case.climbs or not longer:
+    others = [
+        peer
+        for peer in case.peers
+        if case.same_threat(peer)
+        and peer.cell.setting.kind in ("whitebox", "adaptive")
+        and (found := attack_of(peer.cell.attack)) is not None
+        and found.entry.needs == "gradients"
+        and not found.entry.diagnostic
+        and kind(peer) not in ONE_STEP
+        and peer not in longer
+    ]
+    if not longer and not others:
         return None
     for other in longer:
         n = min(case.cell.n, other.cell.n)
         gaps = harm(other)[:n] - case.harm[:n]
-        drop, error = float(gaps.mean()), float(gaps.std(ddof=1)) / np.sqrt(n)
+        drop = float(gaps.mean())
+        error = float(gaps.std(ddof=1)) / np.sqrt(n) if n > 1 else np.inf
         if drop > max(POINT, error) and enough(round(drop * n), n):
             text = f"{_name(other)} ({other.cell.setting}) breaks {100 * drop:.1f} points more"
             return [Raised("OVERESTIMATE", drop, POINT, text, np.flatnonzero(gaps >= 0.5))]
-    return []
+    gains = {other.id: case.better(other)[1] for other in others}
+    best = max(others, key=lambda other: (gains[other.id], other.id), default=None)
+    if best is None or not gains[best.id]:
+        return []
+    text = f"{_name(best)} ({best.cell.setting}) takes {100 * gains[best.id]:.1f} points more"
+    return [Raised("OVERESTIMATE", gains[best.id], POINTS, text)]
 
 
 def _doubled(case: Case, other: Record) -> bool:
@@ -233,13 +251,21 @@ def _beaten(case: Case, fits: Callable[[Record, Attack], bool], what: str) -> li
     ]
     if not others:
         return None
-    images, n = case.only_to(others)
-    if not enough(len(images), n):
-        return []
-    names = ", ".join(dict.fromkeys(map(_name, others)))
-    names = names if len(names) < 60 else f"{names[:57]}..."
-    text = f"{what} ({names}) breaks {len(images)} images that {case.cell.attack} leaves right"
-    return [Raised("OVERESTIMATE", len(images), 0, text, images)]
+    return _accused(case, others, what)
+
+
+def _accused(case: Case, others: Iterable[Record], what: str) -> list[Raised]:
+    """By the one of them that breaks most of what this attack leaves, each by itself: of many
+    attacks together some image or other is always broken."""
+    found = [(other, *case.better(other)) for other in others]
+    other, images, gain = max(found, key=lambda each: (len(each[1]), each[2], each[0].id))
+    if len(images):
+        text = f"{what} ({_name(other)}) breaks {len(images)} images that {case.cell.attack} leaves"
+        return [Raised("OVERESTIMATE", len(images), 0, text, images)]
+    if gain:
+        text = f"{what} ({_name(other)}) takes {100 * gain:.1f} points more"
+        return [Raised("OVERESTIMATE", gain, POINTS, text)]
+    return []
 
 
 @check("F10", "queries break what gradients do not")

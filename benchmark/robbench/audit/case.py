@@ -12,14 +12,22 @@ import numpy as np
 
 from robbench.attacks import Attack, Configured
 from robbench.attacks.published import effective
+from robbench.audit.flags import enough
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError
 from robbench.grid import MODEL, Cell
 from robbench.records import Record
 from robbench.siblings import siblings
 
+POINTS = 0.02
 TURNED = 0.5  # of an image's decisions more under one attack than under another: no luck of draws
-ONE_STEP = ("fgsm", "step-target")
+ONE_STEP = (
+    "fgsm",
+    "step-target",
+    "torchattacks:FGSM",
+    "torchattacks:FFGSM",
+    "art:FastGradientMethod",
+)
 AVERAGED = 10  # draws
 Key = tuple[object, ...]
 
@@ -155,12 +163,17 @@ class Case:
         right = self.record.clean_ok[:n] > self.record.draws / 2
         return np.flatnonzero(right & (harm(other)[:n] - self.harm[:n] >= TURNED))
 
-    def only_to(self, others: Iterable[Record]) -> tuple[np.ndarray, int]:
-        """The images of `only` for any of the others, and the fewest images compared."""
-        listed = list(others)
-        found = [self.only(other) for other in listed]
-        size = min(self.cell.n, *(other.cell.n for other in listed))
-        return np.unique(np.concatenate(found)), size
+    def better(self, other: Record) -> tuple[np.ndarray, float]:
+        """The images of `only`, if they are more than luck, and the mean share lost more, if it
+        is more than noise, 2 points and 2 standard errors; nothing and 0 otherwise."""
+        n = min(self.cell.n, other.cell.n)
+        images = self.only(other)
+        gaps = harm(other)[:n] - self.harm[:n]
+        gain = float(gaps.mean())
+        error = float(gaps.std(ddof=1)) / np.sqrt(n) if n > 1 else np.inf
+        if gain <= max(POINTS, 2 * error) or not enough(round(gain * n), n):
+            gain = 0.0
+        return images if enough(len(images), n) else images[:0], gain
 
     def alike(self, other: Record, *but: str) -> bool:
         """The same attack in the same setting, whatever these settings of it are."""
@@ -183,12 +196,15 @@ class Case:
         return all(first.get(key) == second.get(key) for key in {*first, *second} - set(but))
 
     def probe(self) -> dict[str, Any] | None:
-        """What was seen of the estimator before it was attacked."""
-        for peer in reversed([*self.peers, self.record]):
-            if found := peer.provenance.get("probe"):
-                seen: dict[str, Any] = found
-                return seen
-        return None
+        """What was seen of the estimator before it was attacked, on most images."""
+        records = [self.record, *self.peers]
+        looked = [each for each in records if kind(each) == "probe" and "probe" in each.provenance]
+        if not looked:
+            return None
+        seen: dict[str, Any] = max(looked, key=lambda each: (each.cell.n, each.id)).provenance[
+            "probe"
+        ]
+        return seen
 
     def relatives(self, relation: str) -> list[Record]:
         """Finished records of the defenses in this relation to this one."""

@@ -89,6 +89,8 @@ def paths(case: Case) -> list[Raised] | None:
     if probe is None or case.record.status != "ok":
         return None
     seen = probe["paths"]
+    if seen["error"] < 0:  # of a single image nothing can be said
+        return None
     gap = abs(seen["judge"] - seen["attack"])
     limit = max(HALF_POINT, SURPRISING * seen["error"])
     if gap <= limit:

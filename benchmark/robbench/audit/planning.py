@@ -3,12 +3,13 @@ and against it. Nothing runs here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, Literal
 
 from robbench.attacks import Configured
+from robbench.audit.alone import PROBED
 from robbench.audit.case import attack_of, estimator_of, settings_in
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
@@ -17,30 +18,32 @@ from robbench.registry import Spec
 from robbench.siblings import siblings
 from robbench.threat import Norm, Threat, format_eps, parse_eps
 
-PROBED = 32  # images that a probe looks at
 FEW = 20  # images of a decision-based attack
 Depth = Literal["quick", "thorough", "binarization", "backdoor"]
 Models = Mapping[str, Trained]
 RELATIONS = ("twin", "noise-off", "base", "member", "adversarial", "undetected")
 
 
-def probes(cells: Iterable[Cell]) -> list[Cell]:
-    """The probe of every estimator that these cells attack directly, each once."""
+def probes(cells: Iterable[Cell], images: Callable[[str], int]) -> list[Cell]:
+    """The probe of every estimator that these cells attack directly, each once.
+
+    images: how many test images the dataset of this name has.
+    """
     found: dict[object, Cell] = {}
     for cell in cells:
         attack = attack_of(cell.attack)
         direct = cell.setting.kind in ("whitebox", "adaptive")
         if direct and attack is not None and not attack.entry.diagnostic:
-            found.setdefault(estimator_of(cell), probe_of(cell))
+            found.setdefault(estimator_of(cell), probe_of(cell, images(cell.dataset)))
     return list(found.values())
 
 
-def probe_of(cell: Cell) -> Cell:
+def probe_of(cell: Cell, images: int) -> Cell:
     """The cell that looks at the estimator of another."""
     probe = Configured.of("probe")
     setting = type(cell.setting)(kind="whitebox")
     changes = {
-        "n": min(PROBED, cell.n),
+        "n": min(PROBED, images),
         "attack": str(probe.spec),
         "attack_version": probe.version,
         "threat": Threat(norm="none"),
@@ -85,7 +88,7 @@ def plan(
     for changes in blocks:
         for cell in _known(block(**{**common, **changes}).cells(dataset, preset, models)):
             cells.setdefault(cell.id, cell)
-    for cell in probes(cells.values()):
+    for cell in probes(cells.values(), lambda name: len(dataset.test.y)):
         cells.setdefault(cell.id, cell)
     return list(cells.values())
 

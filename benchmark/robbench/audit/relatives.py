@@ -21,6 +21,7 @@ KNOWN = {  # the best accuracy under AutoAttack that RobustBench listed: dataset
     ("cifar100", "linf", Fraction(8, 255)): 0.427,
 }
 UNTRAINED = 0.8  # of those, without adversarial training
+COMPARED = 100  # images of a record that others are held against
 TWIN = 0.01  # accuracy of an undefended network where any image can become any other
 FLOOR = 0.05  # of the images lost, or kept: nothing can be compared there
 
@@ -145,8 +146,9 @@ def reduction(case: Case) -> list[Raised] | None:
         known.append(float(outcomes(record).mean()))
     if not known:
         return None
-    claim = float((case.record.clean_ok / case.record.draws * (1 - case.harm)).mean())
-    if claim <= max(known):
+    shares = case.record.clean_ok / case.record.draws * (1 - case.harm)
+    claim, error = float(shares.mean()), float(shares.std(ddof=1)) / np.sqrt(len(shares))
+    if claim <= max(known) + 2 * error:
         return []
     text = (
         f"{100 * claim:.1f} % with detection would make a classifier of {100 * claim:.1f} % at"
@@ -168,7 +170,8 @@ def _answering(case: Case, eps: Fraction) -> list[Record]:
             and record.cell.threat.norm == case.cell.threat.norm
             and record.cell.threat.eps == eps
             and record.cell.data == case.cell.data
-            and record.cell.setting.kind in ("whitebox", "adaptive")
+            and record.cell.n >= COMPARED
+            and Case(record, case.board).climbs
             and not any(part.detector for part in Case(record, case.board).parts)
         ]
         if best:

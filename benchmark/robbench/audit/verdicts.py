@@ -11,7 +11,8 @@ from robbench.grid import MODEL
 from robbench.records import Record, newest, without_versions
 
 ESTIMATOR = ("F17", "F18", "F20", "F31")  # without these no number is called sound
-ATTACK = ("F7", "F8", "F25")  # one of these at least
+ATTACK = ("F1", "F2", "F7", "F8", "F28", "F29")  # one of these at least, or a suite's own stages
+LEAST_DRAWS = 5  # behind a gradient of a random defense, for an attack to be adaptive
 
 
 class Audited(NamedTuple):
@@ -20,6 +21,7 @@ class Audited(NamedTuple):
     flags: tuple[Flag, ...]
     assessed: tuple[str, ...]
     adaptive: bool
+    staged: bool = False  # several attacks in turn, a search without gradients among them
 
     @property
     def worst(self) -> Verdict | None:
@@ -30,7 +32,7 @@ class Audited(NamedTuple):
     def audited(self) -> bool:
         """Enough was looked at to call a number sound."""
         made = set(self.assessed)
-        return made.issuperset(ESTIMATOR) and not made.isdisjoint(ATTACK)
+        return made.issuperset(ESTIMATOR) and (self.staged or not made.isdisjoint(ATTACK))
 
     @property
     def sound(self) -> bool:
@@ -60,7 +62,8 @@ def _audited(case: Case) -> Audited:
             assessed.append(name)
             flags += found
     flags.sort(key=lambda flag: (VERDICTS.index(flag.verdict), number(flag.id)))
-    return Audited(tuple(flags), tuple(sorted(assessed, key=number)), is_adaptive(case))
+    staged = "suite_lost" in case.record.trace
+    return Audited(tuple(flags), tuple(sorted(assessed, key=number)), is_adaptive(case), staged)
 
 
 def number(name: str) -> tuple[int, str]:
@@ -74,13 +77,17 @@ def is_adaptive(case: Case) -> bool:
     nothing to know. A model of the caller has a loss of its own where there is an adaptive cell."""
     if not case.climbs:
         return False
+    own = {name for part in case.parts for name in part.losses}
+    own |= {"evasion"} if any(part.detector for part in case.parts) else set()
+    loss = case.settings.get("loss")
     if case.cell.setting.kind == "adaptive":
-        return True
+        few = case.stochastic and case.cell.setting.eot != "auto" and case.eot < LEAST_DRAWS
+        blind = "evasion" in own and loss not in (None, "auto", *own)
+        return not few and not blind
     if not case.cell.defense.startswith(MODEL):
-        known = any(part.losses or part.detector for part in case.parts)
-        return not case.stochastic and not known and bool(case.parts)
+        return not case.stochastic and not own and bool(case.parts)
     return not case.stochastic and not any(
-        peer.cell.setting.kind == "adaptive" for peer in case.peers
+        peer.cell.setting.kind == "adaptive" and not peer.cell.setting.suite for peer in case.peers
     )
 
 

@@ -105,7 +105,8 @@ def run_command(**options: Any) -> None:
 
     shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
     asked = _cells(blocks, options)
-    cells = list({cell.id: cell for cell in (*asked, *probes(asked))}.values())
+    looked = probes(asked, lambda name: len(shared.dataset(name).test.y))
+    cells = list({cell.id: cell for cell in (*asked, *looked)}.values())
     silent = options["quiet"] or options["as_json"]
     for reason in dict.fromkeys(reason for block in blocks for reason in block.left_out):
         if not silent:
