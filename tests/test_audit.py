@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import robbench
 from robbench import datasets
 from robbench.attacks import Configured
 from robbench.audit import CHECKS, Audited, Flag, audit, badge, cases, is_adaptive
@@ -643,6 +646,18 @@ def test_a_test_by_name_is_planned_with_the_attack_and_a_probe_alone(digits, tes
 def test_cells_of_a_plan_are_there_once(digits):
     cells = plan("standard", digits, depth="thorough")
     assert len({each.id for each in cells}) == len(cells)
+
+
+def test_an_audit_plans_nothing_that_a_model_or_two_labels_cannot_do(digits):
+    bare = robbench.deploy(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), digits)
+    models = {"model:m": bare}
+    names = {each.attack for each in plan("model:m", digits, depth="thorough", models=models)}
+    assert not any("binarization" in name for name in names) and "pgd(loss=dlr)" in names
+    two = robbench.from_tensors(torch.rand(8, 1, 8, 8), torch.tensor([0, 1] * 4))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
+    models = {"model:m": robbench.deploy(net, two)}
+    names = {each.attack for each in plan("model:m", two, depth="thorough", models=models)}
+    assert "pgd(loss=dlr)" not in names and "pgd(loss=ce-t10)" in names
 
 
 def test_the_probe_of_an_estimator_is_one_whatever_attacks_it():

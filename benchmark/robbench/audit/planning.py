@@ -85,7 +85,7 @@ def plan(
     if depth == "thorough" and not defense.startswith(MODEL):
         blocks += _relatives(defense, attack, threat_eps, dataset)
     cells: dict[str, Cell] = {}
-    for changes in blocks:
+    for changes in (each for each in blocks if _possible(each, dataset, models.get(defense))):
         for cell in _known(block(**{**common, **changes}).cells(dataset, preset, models)):
             cells.setdefault(cell.id, cell)
     for cell in probes(cells.values(), lambda name: len(dataset.test.y)):
@@ -137,6 +137,18 @@ def _planted(test: str, attack: str) -> dict[str, Any]:
 def _fits(changes: Mapping[str, Any], norm: Norm) -> bool:
     """Whether the attack can do the norm."""
     return changes.get("norm", norm) in Configured.of(changes["attack"]).entry.norms
+
+
+def _possible(changes: Mapping[str, Any], dataset: Dataset, model: Trained | None) -> bool:
+    """Whether the dataset, and a model of the caller, have what the attack needs."""
+    spec = Spec.parse(changes["attack"])
+    if dict(spec.settings).get("loss") == "dlr" and len(dataset.labels) < 3:
+        return False
+    bare = model is not None and not all(
+        hasattr(member, "features") and hasattr(member, "readout")
+        for member in model.deployed.members
+    )
+    return spec.name != "binarization" or not bare
 
 
 def _with(attack: str, **settings: object) -> str:
