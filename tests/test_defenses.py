@@ -31,6 +31,7 @@ FIELDS = [
     for name in NAMES
     for field in registry.defenses.get(name).model_fields
     if field != "members" or not registry.defenses.get(name).wraps
+    if field != "known_seed" or resolve(name)[0].random  # refused where nothing is drawn
 ]
 NOISE_FREE = ["ito(omega=0, members=1, draws=1)", "ito(members=1, draws=1, noise=false)"] + [
     f"enresnet(members=1, {off})" for off in ("a=0", "a=0, variance=batch", "noise=false")
@@ -183,7 +184,7 @@ def changed(name, field):
     cls = registry.defenses.get(name)
     value, annotation = cls.model_fields[field].default, cls.model_fields[field].annotation
     named = {"network": RESIDUAL, "base": "pgd-at(epochs=2)", "adversarial": "pgd(eps=0.125)"}
-    named["detector"] = "non-me"
+    named |= {"detector": "non-me", "known_seed": 3}
     if field in named:
         return named[field]
     if isinstance(value, bool):
@@ -214,7 +215,7 @@ def test_a_field_is_in_the_key_unless_it_only_matters_at_inference(name, field, 
 def test_ito_votes_and_draws_are_decided_at_inference():
     fields = registry.defenses.get("ito").model_fields
     marked = {name for name, field in fields.items() if INFERENCE in field.metadata}
-    assert marked == {"draws", "ballot", "quorum", "noise", "detector", "fpr"}
+    assert marked == {"draws", "ballot", "quorum", "noise", "detector", "fpr", "known_seed"}
 
 
 @given(

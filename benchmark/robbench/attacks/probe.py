@@ -24,7 +24,7 @@ from robbench.attacks import attack
 from robbench.attacks.losses import SCORE_LOSSES, choose
 from robbench.networks.bpda import declared_backwards
 from robbench.randomness import Snapshot, preserved_random_state, seed_everything
-from robbench.rules import ABSTAIN, Draw
+from robbench.rules import ABSTAIN, Answer, Draw
 from robbench.threat import Threat
 
 REPEATS = 5  # predictions of the same batch
@@ -73,8 +73,16 @@ def probe(
 
 
 def _draw(access: Access, x: Tensor, draws: int) -> Draw:
+    draws = draws if access.deployed.stochastic else 1
     access.count(len(x), draws)
     return access.deployed.draw(x, draws)
+
+
+def _answers(access: Access, x: Tensor) -> Answer:
+    """Calls of the whole defense, each part (calls, N); one where it answers alike every time."""
+    calls = CALLS if access.deployed.stochastic else 1
+    access.count(len(x), calls * access.deployed.draws)
+    return access.deployed.answers(x, calls)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -141,13 +149,12 @@ def _outputs(access: Access, x: Tensor) -> Figures:
 def _paths(access: Access, x: Tensor, y: Tensor) -> Figures:
     """Right answers on clean images by the path of the attacks, with as many draws as one decision
     takes, and by that of the judge."""
-    access.count(len(x), CALLS * access.deployed.draws)
-    judged = (access.deployed.answers(x, CALLS).best == y).float()
-    attacked = torch.stack([(access.scores(x).argmax(-1) == y).float() for _ in range(CALLS)])
+    judged = (_answers(access, x).best == y).float()
+    attacked = torch.stack([(access.scores(x).argmax(-1) == y).float() for _ in judged])
     gap = attacked.mean(dim=0) - judged.mean(dim=0)
     # images may share a draw: then calls are the sample, not images
     by_call = attacked.mean(dim=1).var(correction=0) + judged.mean(dim=1).var(correction=0)
-    error = max(float(gap.std()) / math.sqrt(len(x)), math.sqrt(float(by_call) / CALLS))
+    error = max(float(gap.std()) / math.sqrt(len(x)), math.sqrt(float(by_call) / len(judged)))
     return {
         "judge": _plain(judged.mean()),
         "attack": _plain(attacked.mean()),
@@ -189,8 +196,7 @@ def _abstained(access: Access, x: Tensor, rng: Generator) -> Figures:
     noise = torch.rand(x.shape, generator=rng).to(x)
     found = {}
     for name, images in (("clean", x), ("noise", noise)):
-        access.count(len(x), CALLS * access.deployed.draws)
-        labels = access.deployed.decide(images, CALLS)
+        labels = _answers(access, images).label
         found[name] = _plain((labels == ABSTAIN).float().mean())
     return found
 
@@ -281,10 +287,10 @@ def _derivative(access: Access, x: Tensor, y: Tensor, rng: Generator, alone: boo
 def _relative_error(
     access: Access, members: torch.nn.ModuleList, x: Tensor, y: Tensor, along: Tensor
 ) -> Tensor:
-    """(N,) of the vectors of derivatives along (D, N, C, H, W) directions."""
+    """(N,) of the vectors of derivatives along (D, N, C, H, W) directions. The passes are of copies
+    of the members, and not counted."""
 
     def loss(points: Tensor) -> Tensor:
-        access.count(len(points), access.draws)
         total = torch.zeros_like(points[:, 0, 0, 0])
         seed_everything(0)
         for _ in range(access.draws):
@@ -295,7 +301,6 @@ def _relative_error(
 
     with preserved_random_state():
         leaf = x.clone().requires_grad_()
-        access.count(len(x), access.draws, backwards=True)
         gradient = torch.autograd.grad(loss(leaf).sum(), leaf)[0]
         by_autograd = (gradient * along).flatten(2).sum(dim=2)  # (D, N)
         with torch.no_grad():
