@@ -246,7 +246,7 @@ CASES = [
     ("F8", ["INVALID"], record(trace=gradients(3))),
     ("F8", [], record(3, trace=gradients(3))),  # content where all is lost
     ("F8", [], record(trace=gradients(0, zeros=0.5))),
-    ("F8", ["INVALID"], record(trace=gradients(0, zeros=0.51))),
+    ("F8", ["WARN"], record(trace=gradients(0, zeros=0.51))),  # black pixels have none
     ("F8", None, record(), probed()),  # a probe can accuse an attack, and not acquit it
     ("F8", [], record(trace=gradients(0)), probed()),
     ("F8", ["INVALID"], record(), probed(gradients={"ce": {"path": False, "reason": "none"}})),
@@ -539,8 +539,13 @@ def judged(main, *others):
 
 
 def test_a_converged_attack_on_a_probed_estimator_is_sound():
-    found = judged(record(50, **SOUND), probed())
+    found = judged(record(50, **SOUND), probed(), record(50, attack="square"))
     assert (found.flags, badge(found), found.sound) == ((), "sound", True)
+
+
+def test_what_no_other_attack_was_held_against_is_not_sound():
+    found = judged(record(50, **SOUND), probed())
+    assert (found.flags, badge(found), found.sound) == ((), "not audited", False)
 
 
 def test_without_a_probe_nothing_is_sound():
@@ -576,7 +581,7 @@ def test_the_badge_names_the_flags_of_the_worst_verdict_once_each_in_order():
 def test_warnings_and_notes_leave_a_number_ranked(verdict):
     raised = Flag("F0", verdict, 1.0, 0.0, N, (), "")
     everything = tuple(sorted(CHECKS, key=number))
-    sound = Audited((raised,), everything, adaptive=True).sound
+    sound = Audited((raised,), everything, adaptive=True, challenged=True).sound
     assert sound == (verdict in ("WARN", "INFO"))
 
 
@@ -603,18 +608,20 @@ def planned(defense, dataset, **options):
     ]
 
 
-def test_a_quick_plan_is_the_attack_one_step_and_a_probe(digits):
+def test_a_quick_plan_is_the_attack_one_step_some_queries_and_a_probe(digits):
     assert [(attack, kind) for attack, _, kind, _ in planned("standard", digits)] == [
         ("pgd", "whitebox"),
         ("fgsm", "whitebox"),
+        ("square(queries=100)", "blackbox"),
         ("probe", "whitebox"),
     ]
 
 
 def test_what_can_be_known_is_attacked_by_one_who_knows_it(digits):
     cells = plan(NOISY, digits)
-    assert [each.setting.kind for each in cells] == ["adaptive", "adaptive", "whitebox"]
-    assert cells[-1].attack == "probe"
+    kinds = ["adaptive", "adaptive", "blackbox", "transfer", "whitebox"]
+    assert [each.setting.kind for each in cells] == kinds
+    assert cells[-1].attack == "probe" and cells[-2].setting.oracle == QUIET
 
 
 def test_a_thorough_plan_has_the_evidence_of_every_check_of_other_records(digits):

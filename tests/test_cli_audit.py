@@ -51,7 +51,7 @@ def words(text, start):
 
 def test_an_audit_runs_the_attack_one_step_and_a_probe(audited):
     attacks = {record.cell.attack for record in Store(audited).all()}
-    assert attacks == {"pgd(steps=3)", "fgsm", "probe"}
+    assert attacks == {"pgd(steps=3)", "fgsm", "square(queries=100)", "probe"}
     assert (audited / "digits.md").exists() and (audited / "digits.flags.json").exists()
 
 
@@ -92,7 +92,7 @@ def test_json_says_the_same_and_nothing_else(robbench, audited):
 
 def test_progress_is_on_stderr_and_quiet_has_none(robbench, tmp_path):
     code, out, err = robbench(*AUDIT, *SERIAL, "--out", tmp_path)
-    assert code == 0 and "[3/3]" in err and "[3/3]" not in out
+    assert code == 0 and "[4/4]" in err and "[4/4]" not in out
     other = [*AUDIT, "--train-seed", "1", *SERIAL, "--quiet", "--out", tmp_path]
     assert robbench(*other)[2] == ""
 
@@ -112,17 +112,17 @@ def test_what_a_run_has_measured_is_not_measured_again(robbench, tmp_path):
                          tmp_path)  # fmt: skip
     before = contents(tmp_path / "records")
     code, _, err = robbench(*AUDIT, *SERIAL, "--out", tmp_path)
-    assert code == 0 and "[1/1]" in err and "fgsm" in err
+    assert code == 0 and "[2/2]" in err and "fgsm" in err and "square" in err
     after = contents(tmp_path / "records")
-    assert {path: after[path] for path in before} == before and len(after) == len(before) + 1
+    assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
 
 
 def test_an_audit_uses_records_of_other_attacks_too(robbench, tmp_path):
     _, alone, _ = robbench(*AUDIT, *SERIAL, "--json", "--out", tmp_path)
-    more = ["run", *AUDIT[1:], "--attack", "square(queries=5)", "--baseline", "none"]
+    more = ["run", *AUDIT[1:], "--attack", "mim(steps=10)", "--baseline", "none"]
     assert robbench(*more, *SERIAL, "--quiet", "--out", tmp_path)[0] == 0
     _, beside, _ = robbench(*AUDIT, "--json", "--out", tmp_path)
-    assert "F10" in set(json.loads(beside)["assessed"]) - set(json.loads(alone)["assessed"])
+    assert "F5" in set(json.loads(beside)["assessed"]) - set(json.loads(alone)["assessed"])
 
 
 def test_the_test_of_a_planted_trigger_runs_alone_and_is_assessed(robbench, tmp_path):

@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 import robbench
 from robbench import datasets, registry
+from robbench.attacks import find
 from robbench.attacks.losses import Votes
 from robbench.audit import badge
 from robbench.evaluation import Evaluation, _placed
@@ -527,14 +529,14 @@ def test_more_evidence_makes_more_checks(network):
         made[depth] = set(found.assessed)
     assert made["probe"] < made["quick"] < made["thorough"]
     assert "F3" in made["quick"] and {"F1", "F2", "F10", "F12"} <= made["thorough"]
-    assert attacks_of(results["quick"].evidence) == ["fgsm", "probe"]
+    assert attacks_of(results["quick"].evidence) == ["fgsm", "probe", "square(queries=100)"]
     numbers = [result.records[0].ok.tolist() for result in results.values()]
     assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_what_was_asked_for_is_no_evidence_beside_it(network):
     result = quick(network, attack=["pgd(steps=2)", "fgsm"], audit="quick")
-    assert attacks_of(result.evidence) == ["probe"]
+    assert attacks_of(result.evidence) == ["probe", "square(queries=100)"]
     assert attacks_of(result.records) == ["fgsm", "pgd(steps=2)"]
 
 
@@ -549,18 +551,20 @@ def test_an_attack_that_was_transferred_needs_no_evidence(network, opponent):
     assert result.evidence == []
 
 
-def test_evidence_that_fails_is_no_error(linear):
-    """A binarization test needs hidden activations, which this model does not name."""
-    x = torch.rand(4, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-    y = (x[:, 0, 0, 0] < x[:, 0, 0, 1]).long()
-    result = quick(linear, dataset=(x, y), attack="pgd(steps=2)", n=4, audit="thorough")
+def test_evidence_that_fails_is_no_error(network, monkeypatch):
+    def broken(*rest, **settings):
+        raise RuntimeError("no more")
+
+    entry = replace(find("random-search"), run=broken)
+    monkeypatch.setitem(registry.attacks._entries, "random-search", entry)
+    result = quick(network, attack="pgd(steps=2)", n=4, audit="thorough")
     assert {record.status for record in result.records} == {"ok"}
-    assert "failed" in {record.status for record in result.evidence}
+    assert [r.cell.attack for r in result.evidence if r.status == "failed"] == ["random-search"]
 
 
 def test_evidence_is_kept_under_out_and_read_again(network, tmp_path, monkeypatch):
     first = quick(network, attack="pgd(steps=2)", audit="quick", out=tmp_path)
-    assert len(list(Store(tmp_path).all())) == 3
+    assert len(list(Store(tmp_path).all())) == 4
     monkeypatch.setattr("robbench.evaluation.measure", lambda missing, *rest, **options: missing)
     second = quick(network, attack="pgd(steps=2)", audit="quick", out=tmp_path)
     assert second.flags() == first.flags()

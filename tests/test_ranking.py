@@ -18,13 +18,13 @@ from robbench.records import Record
 from robbench.threat import Threat
 
 MADE = ("F8", "F17", "F18", "F20", "F31")  # checks without which no number is sound
-SOUND = Audited((), MADE, adaptive=True)
+SOUND = Audited((), MADE, adaptive=True, challenged=True)
 UNAWARE = Audited((), MADE, adaptive=False)
 
 
 def flagged(verdict, images=()):
     flag = Flag("F3", verdict, 5.0, 3.0, 4, tuple(images), "one step breaks more")
-    return Audited((flag,), MADE, adaptive=True)
+    return Audited((flag,), MADE, adaptive=True, challenged=True)
 
 
 def row(right=(1, 1, 0, 0), audited=SOUND, draws=1, refused=0, **of):
@@ -159,10 +159,12 @@ def test_a_failed_cell_and_one_that_nobody_looked_at_are_not_ranked():
     assert ranking.standings([finished._replace(metrics=None)]) == []
 
 
-def test_equals_are_in_the_order_of_their_names_whatever_the_order_of_rows():
-    rows = [row(defense=name) for name in ("mmc", "adp", "ito", "rce")]
+def test_equals_share_a_place_in_the_order_of_their_names_whatever_the_order_of_rows():
+    rows = [row(defense=name) for name in ("mmc", "adp", "ito")] + [
+        row((1, 0, 0, 0), defense="rce")
+    ]
     orders = {tuple(order(*each)) for each in itertools.permutations(rows)}
-    assert orders == {((1, "adp"), (2, "ito"), (3, "mmc"), (4, "rce"))}
+    assert orders == {((1, "adp"), (1, "ito"), (1, "mmc"), (4, "rce"))}
 
 
 def test_threats_come_by_norm_and_budget():

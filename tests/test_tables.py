@@ -357,7 +357,7 @@ def rated(eps="1/10", verdict=None, n=4, **changes):
     """A row that was audited: sound, or with a flag of this verdict."""
     of = cell(threat=Threat(norm="linf", eps=eps), n=n)
     flags = () if verdict is None else (Flag("F3", verdict, 5.0, 3.0, n, (), "one step does more"),)
-    found = Audited(flags, ("F8", "F17", "F18", "F20", "F31"), adaptive=True)
+    found = Audited(flags, ("F8", "F17", "F18", "F20", "F31"), adaptive=True, challenged=True)
     (row,) = tables.rows([record(of, right=(1, 0) * (n // 2), **changes)])
     return row._replace(audited=found)
 
@@ -390,8 +390,10 @@ def test_a_number_is_sound_where_its_interval_is_as_short_as_was_asked(n):
 
 def test_more_images_make_no_number_sound_that_is_not():
     unaware = rated()._replace(audited=Audited((), ("F8",), adaptive=False))
-    for row in (rated(verdict="OVERESTIMATE"), unaware):
-        assert tables.verdicts([row], 0.01) == tables.verdicts([row])
+    accused = rated(verdict="OVERESTIMATE")
+    assert tables.verdicts([accused], 0.01) == tables.verdicts([accused])
+    (said,) = tables.verdicts([unaware], 0.01)
+    assert said.startswith("not adaptive; too few images")
 
 
 def test_a_sheet_names_the_badge_and_each_flag_once():

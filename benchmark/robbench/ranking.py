@@ -76,8 +76,9 @@ def _standings(defenses: Sequence[Sequence[Row]]) -> list[Standing]:
         return not sound, -row.metrics.robust_with_detection.value, row.cell.defense
 
     listed.sort(key=order)
-    return [
-        Standing(index + 1 if sound else None, row, worst)
+    values = [row.metrics.robust_with_detection.value for _, row, _ in listed if row.metrics]
+    return [  # who has the same number has the same place
+        Standing(values.index(values[index]) + 1 if sound else None, row, worst)
         for index, (sound, row, worst) in enumerate(listed)
     ]
 

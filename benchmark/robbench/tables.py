@@ -232,7 +232,9 @@ def verdicts(group: Sequence[Row], precision: float | None = None) -> list[str]:
     for word, rows_of in by_word.items():
         budgets = ", ".join(format_eps(row.cell.threat.eps) for row in rows_of)
         least = min(len(row.audited.assessed) for row in rows_of if row.audited)
+        clear = f"not audited (no flag by {least} checks; see 'robbench audit')"
         counted = f"{word} by {least} checks" if word == "sound" else word
+        counted = counted.replace("not audited", clear)
         said.append(f"at {budgets} {counted}" if len(by_word) > 1 else counted)
     return said
 
@@ -244,9 +246,10 @@ def _word(row: Row, precision: float | None) -> str:
     flag = next(iter(row.audited.flags), None)
     if flag and flag.verdict in ("INVALID", "OVERESTIMATE"):
         return f"{word} ({flag.line})"
-    if word == "sound" and (needed := _needed(row, precision)):
-        return f"too few images to be sure: n = {needed} for ± {100 * (precision or 0):g} %"
-    return f"{word}: 'robbench audit --thorough' looks closer" if word == "not audited" else word
+    if needed := _needed(row, precision):
+        few = f"too few images to be sure: n = {needed} for ± {100 * (precision or 0):g} %"
+        return few if word == "sound" else f"{word}; {few}"
+    return word
 
 
 def _needed(row: Row, precision: float | None) -> int | None:
@@ -322,7 +325,7 @@ def flat(row: Row, precision: float | None = None) -> dict[str, object]:
             values[f"{name}_high"] = _rounded(measure.interval.high)
         if precision is not None:
             values["n_needed"] = _needed(row, precision) or cell.n
-            if values["badge"] == "sound" and values["n_needed"] != cell.n:
+            if values["badge"] == "sound" and values["n_needed"] != cell.n:  # no number is sure
                 values["badge"] = "too few images"
         values["draw_error"] = _rounded(row.metrics.draw_error)
         values["draws"] = row.record.draws

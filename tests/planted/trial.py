@@ -54,8 +54,9 @@ def cleared(name: str, shared: Shared) -> Audited:
 
 
 def _quick(cell: Cell, name: str) -> bool:
-    """Of the depth `quick`, and where the attacker may do anything."""
-    return cell.defense == name and (cell.attack in ("fgsm", "probe") or cell.threat.eps == 1)
+    """One step, a probe, what is transferred, and where the attacker may do anything."""
+    known = cell.attack in ("fgsm", "probe") or cell.setting.kind == "transfer"
+    return cell.defense == name and (known or cell.threat.eps == 1)
 
 
 def _cheap(cell: Cell, own: Cell) -> bool:

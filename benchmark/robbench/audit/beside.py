@@ -17,6 +17,7 @@ from robbench.threat import format_eps
 GREY, WHOLE = Fraction(1, 2), Fraction(1)  # ε under linf: every image can become grey, or any other
 LEAST_STEPS, MANY_STEPS = 20, 200
 POINT = 0.01
+HARMED = 0.7  # of the clean accuracy left by one step: where it takes less, many have little to add
 CHANCE_ERRORS = 3  # standard errors above chance
 SPARED = 0.1  # of the answers withheld under attack would have been wrong
 ALIKE = (0.2, 0.8)  # an accuracy at which two attacks do not agree on every image by themselves
@@ -121,7 +122,7 @@ def _no_gain(case: Case, singles: list[Record]) -> list[Raised]:
     clean = float(single.clean_ok[:n].mean()) / single.draws
     gain = float(before.mean() - after.mean())
     # where one step hardly does anything, or everything, many have nothing to gain
-    if gain >= POINTS or not 0.1 < before.mean() < clean - 0.1:
+    if gain >= POINTS or not 0.1 < before.mean() < HARMED * clean:
         return []
     text = f"{case.cell.attack} gains {100 * gain:.1f} points over one step"
     return [Raised("OVERESTIMATE", gain, POINTS, text)]
@@ -193,7 +194,7 @@ def converged(case: Case) -> list[Raised] | None:
     best = max(others, key=lambda other: (gains[other.id], other.id), default=None)
     if best is None or not gains[best.id]:
         return []
-    text = f"{_name(best)} ({best.cell.setting}) takes {100 * gains[best.id]:.1f} points more"
+    text = f"{_name(best)} ({best.cell.setting}) wins {100 * gains[best.id]:.1f} points more"
     return [Raised("OVERESTIMATE", gains[best.id], POINTS, text)]
 
 
@@ -263,7 +264,7 @@ def _accused(case: Case, others: Iterable[Record], what: str) -> list[Raised]:
         text = f"{what} ({_name(other)}) breaks {len(images)} images that {case.cell.attack} leaves"
         return [Raised("OVERESTIMATE", len(images), 0, text, images)]
     if gain:
-        text = f"{what} ({_name(other)}) takes {100 * gain:.1f} points more"
+        text = f"{what} ({_name(other)}) wins {100 * gain:.1f} points more"
         return [Raised("OVERESTIMATE", gain, POINTS, text)]
     return []
 

@@ -132,6 +132,16 @@ class Case:
             and kind(self.record) not in ONE_STEP
         )
 
+    @property
+    def challenged(self) -> bool:
+        """Whether another kind of attack, of more than one step, was tried under this threat."""
+        return any(
+            self.same_threat(peer)
+            and kind(peer) not in (kind(self.record), *ONE_STEP)
+            and not is_diagnostic(peer.cell)
+            for peer in self.peers
+        )
+
     @cached_property
     def harm(self) -> np.ndarray:
         return harm(self.record)

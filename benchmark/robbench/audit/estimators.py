@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from robbench.audit.case import Case, settings_of
@@ -12,6 +14,7 @@ DIFFERENT = 1e-4  # of the spread of an image's logits, as AutoAttack has it
 WIDE = 50  # logits further apart saturate a softmax in float32
 FOUND, TRIGGERED = 0.95, 0.98
 HALF_POINT = 0.005
+CHANCE_ERRORS, FEWEST = 3, 20  # standard errors above chance; images that can tell
 SURPRISING = 4  # standard errors: the paths of a random defense differ by 2 once in 20 estimators
 
 
@@ -88,18 +91,24 @@ def paths(case: Case) -> list[Raised] | None:
     probe = case.probe()
     if probe is None or case.record.status != "ok":
         return None
-    seen = probe["paths"]
-    if seen["error"] < 0:  # of a single image nothing can be said
-        return None
-    gap = abs(seen["judge"] - seen["attack"])
-    limit = max(HALF_POINT, SURPRISING * seen["error"])
-    if gap <= limit:
-        return []
-    text = (
-        f"clean images are {100 * seen['attack']:.1f} % right where attacks look,"
-        f" {100 * seen['judge']:.1f} % where it is judged"
-    )
-    return [Raised("INVALID", gap, limit, text)]
+    seen, found = probe["paths"], []
+    gap, limit = abs(seen["judge"] - seen["attack"]), max(HALF_POINT, SURPRISING * seen["error"])
+    if seen["error"] >= 0 and gap > limit:  # of a single image nothing can be said
+        text = (
+            f"clean images are {100 * seen['attack']:.1f} % right where attacks look,"
+            f" {100 * seen['judge']:.1f} % where it is judged"
+        )
+        found.append(Raised("INVALID", gap, limit, text))
+    assert case.record.clean_ok is not None
+    n, chance = case.cell.n, 1 / probe["outputs"]["labels"]
+    clean = float(case.record.clean_ok.mean()) / case.record.draws
+    limit = chance + CHANCE_ERRORS * math.sqrt(chance * (1 - chance) / n)
+    if n >= FEWEST and clean <= limit:
+        text = (
+            f"clean images are {100 * clean:.1f} % right, as by chance: labels or pixels are wrong"
+        )
+        found.append(Raised("INVALID", clean, limit, text))
+    return found
 
 
 @check("F28", "the attack misses a planted boundary")

@@ -21,6 +21,8 @@ from robbench.threat import Norm, Threat, format_eps, parse_eps
 FEW = 20  # images of a decision-based attack
 Depth = Literal["quick", "thorough", "binarization", "backdoor"]
 Models = Mapping[str, Trained]
+SOME = 100  # queries of a quick look
+NEAREST = ("noise-off", "base", "undetected")
 RELATIONS = ("twin", "noise-off", "base", "member", "adversarial", "undetected")
 
 
@@ -67,8 +69,9 @@ def plan(
     models: Models = MappingProxyType({}),
 ) -> list[Cell]:
     """The cells that say whether this attack on this defense can be believed, the attack's own
-    first. quick: besides it a probe and one step. thorough: longer, larger, rescaled, transferred,
-    queried, random and planted, and with other seeds. binarization, backdoor: that test alone.
+    first. quick: besides it a probe, one step, a few queries, and transfer from the same defense
+    without noise, detector or what is around its base. thorough: longer, larger, rescaled,
+    transferred, queried, random, planted, other seeds. binarization, backdoor: that test alone.
     InputError as from a grid.
     """
     budgets: Sequence[Fraction] = dataset.eps.get(norm, ())
@@ -82,8 +85,8 @@ def plan(
         "train_seed": train_seed,
     }
     blocks = [{"attack": attack}, *_around(attack, norm, threat_eps, dataset, depth)]
-    if depth == "thorough" and not defense.startswith(MODEL):
-        blocks += _relatives(defense, attack, threat_eps, dataset)
+    if depth in ("quick", "thorough") and not defense.startswith(MODEL):
+        blocks += _relatives(defense, attack, threat_eps, dataset, depth)
     cells: dict[str, Cell] = {}
     for changes in (each for each in blocks if _possible(each, dataset, models.get(defense))):
         for cell in _known(block(**{**common, **changes}).cells(dataset, preset, models)):
@@ -110,7 +113,8 @@ def _around(
         return [_planted(depth, attack)]
     found: list[dict[str, Any]] = [{"attack": "fgsm"}]
     if depth == "quick":
-        return found
+        found.append({"attack": f"square(queries={SOME})"})
+        return [changes for changes in found if _fits(changes, norm)]
     found += [{"attack": spec} for spec in _longer(attack)]
     found += [{"attack": spec} for spec in _rescaled(attack)]
     found += [_scaled(attack, eps, each) for each in dataset.eps.get(norm, ())]
@@ -182,12 +186,15 @@ def _rescaled(attack: str) -> Iterator[str]:
 
 
 def _relatives(
-    defense: str, attack: str, eps: Fraction | None, dataset: Dataset
+    defense: str, attack: str, eps: Fraction | None, dataset: Dataset, depth: Depth
 ) -> Iterator[dict[str, Any]]:
-    """Transfer from each, the attack itself on those that lack the mechanism, and the control."""
-    for relation in RELATIONS:
+    """Transfer from each, the attack itself on those that lack the mechanism, and the control; for
+    a quick look the transfer from what is the same without noise, or around nothing."""
+    for relation in RELATIONS if depth == "thorough" else NEAREST:
         for sibling in siblings(defense, dataset.name, relation):
             yield {"attack": "mim", "setting": "transfer", "oracle": [sibling]}
+            if depth == "quick":
+                continue
             if relation in ("noise-off", "base", "member", "undetected"):
                 yield {"attack": attack, "defense": [sibling]}
             if relation == "twin" and "linf" in Configured.of(attack).entry.norms:

@@ -22,6 +22,7 @@ class Audited(NamedTuple):
     assessed: tuple[str, ...]
     adaptive: bool
     staged: bool = False  # several attacks in turn, a search without gradients among them
+    challenged: bool = False  # another kind of attack was held against it
 
     @property
     def worst(self) -> Verdict | None:
@@ -32,7 +33,8 @@ class Audited(NamedTuple):
     def audited(self) -> bool:
         """Enough was looked at to call a number sound."""
         made = set(self.assessed)
-        return made.issuperset(ESTIMATOR) and (self.staged or not made.isdisjoint(ATTACK))
+        seen = not made.isdisjoint(ATTACK) and self.challenged
+        return made.issuperset(ESTIMATOR) and (self.staged or seen)
 
     @property
     def sound(self) -> bool:
@@ -63,7 +65,8 @@ def _audited(case: Case) -> Audited:
             flags += found
     flags.sort(key=lambda flag: (VERDICTS.index(flag.verdict), number(flag.id)))
     staged = "suite_lost" in case.record.trace
-    return Audited(tuple(flags), tuple(sorted(assessed, key=number)), is_adaptive(case), staged)
+    made = tuple(sorted(assessed, key=number))
+    return Audited(tuple(flags), made, is_adaptive(case), staged, case.challenged)
 
 
 def number(name: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from robbench.cli import check_installation
 from robbench.cli.options import attack_option, common, defense_option
@@ -114,9 +115,13 @@ def _cells(options: dict[str, Any], norm: Norm, eps: Fraction | None) -> list[Ce
     from robbench import registry
     from robbench.audit.planning import plan
 
+    dataset = registry.dataset(options["dataset"], options["data_dir"])
+    source = click.get_current_context().get_parameter_source("count")
+    if source is ParameterSource.COMMANDLINE:
+        dataset.subset(options["count"])  # refuses more than there are
     return plan(
         options["defense"],
-        registry.dataset(options["dataset"], options["data_dir"]),
+        dataset,
         attack=options["attack"],
         norm=norm,
         eps=eps,
