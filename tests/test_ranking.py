@@ -170,7 +170,7 @@ def test_equals_share_a_place_in_the_order_of_their_names_whatever_the_order_of_
 def test_threats_come_by_norm_and_budget():
     wanted = [("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"), ("l2", "1")]
     rows = [row(norm=norm, eps=eps) for norm, eps in reversed(wanted)]
-    found = [ranking.heading(threat) for threat, _ in ranking.standings(rows)]
+    found = [str(threat) for threat, _ in ranking.standings(rows)]
     assert found == [f"{norm} {eps}" for norm, eps in wanted]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from robbench.audit.case import parts_of, unseeded
 from robbench.defense import resolve, shown
 from robbench.errors import InputError
-from robbench.grid import MODEL
 from robbench.metrics import Measure, detected
 from robbench.metrics.abstention import abstention, costs, detection, operating, risk_coverage
 from robbench.metrics.uncertainty import looks, variability
@@ -122,10 +122,7 @@ def detections(group: Sequence[Row]) -> str:
 
 
 def _detects(defense: str) -> bool:
-    try:
-        return not defense.startswith(MODEL) and bool(resolve(defense)[0].detector)
-    except InputError:
-        return False
+    return any(part.detector for part in parts_of(defense))
 
 
 def seeds(made: Iterable[Row]) -> str:
@@ -133,8 +130,7 @@ def seeds(made: Iterable[Row]) -> str:
     alike: dict[str, list[Row]] = defaultdict(list)
     for row in made:
         if row.record is not None and row.metrics is not None:
-            plain = row.cell.model_copy(update={"seed": 0, "train_seed": 0})
-            alike[plain.id].append(row)
+            alike[unseeded(row.cell)].append(row)
     lines = []
     for rows in alike.values():
         if len(rows) < 2 or rows[0].cell.n < 2:  # one image shows no spread
@@ -204,10 +200,6 @@ def _fixed(candidate: str, defense: str) -> bool:
 
 
 def _quiet(row: Row, rows: dict[str, Row]) -> Row | None:
-    if row.cell.defense.startswith(MODEL):
-        return None
-    try:
-        found = siblings(row.cell.defense, row.cell.dataset, "noise-off")
-    except InputError:
-        return None
+    known = parts_of(row.cell.defense)
+    found = siblings(row.cell.defense, row.cell.dataset, "noise-off") if known else []
     return next((rows[each] for each in found if each in rows), None)

@@ -10,7 +10,7 @@ from robbench import accounting
 from robbench.audit import Audited, audit, badge
 from robbench.defense import shown
 from robbench.metrics import Measure, contributions
-from robbench.ranking import RANKED, Standing, heading, ranking_lines, standings
+from robbench.ranking import RANKED, Standing, ranking_lines, standings
 from robbench.records import Record, newest, without_versions
 from robbench.tables import (
     FOOTNOTE,
@@ -50,7 +50,7 @@ def board(dataset: str, made: Sequence[Row], superseded: int = 0) -> str:
     every = f"{page_name(dataset)}.cells.md"
     lines = [f"# {dataset}", "", f"Every cell: [{every}]({every}).", ""]
     for threat, placed in standings(finished):
-        lines += [f"## Ranking, {heading(threat)}", "", _ranking(placed), ""]
+        lines += [f"## Ranking, {threat}", "", _ranking(placed), ""]
     for title, text in (
         ("Several seeds and trained models", accounting.seeds(finished)),
         ("Fresh draws, known draws, none", accounting.regimes(finished)),
@@ -171,12 +171,17 @@ def _stages_table(group: Sequence[Row]) -> str:
     return tabulated(lines, headers) if lines else ""
 
 
-def pages(dataset: str, records: Sequence[Record]) -> dict[str, str]:
+def pages(
+    dataset: str, records: Sequence[Record], audits: Mapping[str, Audited] | None = None
+) -> dict[str, str]:
     """File name -> text of the generated pages of a dataset: of every cell, whatever its versions,
-    the newest record, if it is a finished one."""
+    the newest record, if it is a finished one.
+
+    audits: what `audit` says of all these records, for a caller who has asked it already.
+    """
     finished = [record for record in records if record.status == "ok"]
     current = newest(records, without_versions)
-    audits = audit(current)
+    audits = audit(current) if audits is None else audits
     made = rows([record for record in current if record.status == "ok"], audits)
     left, name = len(finished) - sum(r.status == "ok" for r in current), page_name(dataset)
     return {

@@ -179,6 +179,11 @@ def _pass(member: nn.Module, x: Tensor, features: bool) -> tuple[Tensor, Tensor 
     return member.readout(hidden), hidden  # type: ignore[operator]
 
 
+def gives_activations(member: nn.Module) -> bool:
+    """Whether a member can be asked for its last hidden activations."""
+    return hasattr(member, "features") and hasattr(member, "readout")
+
+
 def join(draws: list[Draw], dim: int) -> Draw:
     """One draw of several: dim 0 adds draws, dim 2 adds images."""
     if len(draws) == 1:

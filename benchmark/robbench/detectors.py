@@ -20,7 +20,7 @@ from robbench.attacks import check_settings
 from robbench.attacks.losses import margin
 from robbench.datasets import Dataset
 from robbench.datasets.dataset import take
-from robbench.deployed import Deployed
+from robbench.deployed import Deployed, gives_activations
 from robbench.errors import InputError, unknown
 from robbench.metrics.detection import k_density, lid, log_odds, non_me, threshold
 from robbench.randomness import preserved_random_state, seed_everything
@@ -354,7 +354,7 @@ def _check_activations(deployed: Deployed, text: str) -> None:
     seed_everything(0)
     x, widths = torch.rand(2, *deployed.shape).to(deployed.device), set()
     for member in deployed.members:
-        if not (hasattr(member, "features") and hasattr(member, "readout")):
+        if not gives_activations(member):
             raise InputError(
                 f"detector = {text} looks at the last hidden activations, and"
                 f" {type(member).__name__} gives none; write detector=confidence or non-me"

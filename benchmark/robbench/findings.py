@@ -5,20 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from robbench.attacks import Configured
+from robbench.attacks.suite import BUDGETS
 from robbench.audit import Audited, audit, badge
 from robbench.defense import shown, with_preset
 from robbench.errors import InputError
 from robbench.grid import Kind
 from robbench.records import Record
 from robbench.tables import Row, broken_by, rows, setting_text, tabulated, with_interval
-from robbench.threat import Norm, format_eps, parse_eps
+from robbench.threat import Norm, Threat, parse_eps
 
 BEGIN = "<!-- written by `robbench leaderboard --findings` from here -->"
 END = "<!-- to here -->"
@@ -38,17 +40,27 @@ class Finding(BaseModel):
     eps: Annotated[Fraction, BeforeValidator(parse_eps)] = Fraction(1, 10)
     foreseen: Mapping[str, str] = {}
 
+    @property
+    def threat(self) -> Threat:
+        return Threat(norm=self.norm, eps=self.eps)
 
+
+@cache
 def claims() -> list[Finding]:
     """All that is on trial."""
     text = resources.files("robbench").joinpath("findings.yaml").read_text()
     return [Finding(**each) for each in yaml.safe_load(text)]
 
 
-def findings(records: Sequence[Record], dataset: str) -> str:
-    """The tables of the page, as markdown: published evaluations, then every defense."""
+def findings(
+    records: Sequence[Record], dataset: str, audits: Mapping[str, Audited] | None = None
+) -> str:
+    """The tables of the page, as markdown: published evaluations, then every defense.
+
+    audits: what `audit` says of all records of the dataset, for who has asked it already.
+    """
     own = [record for record in records if record.cell.dataset == dataset]
-    audits = audit(own)
+    audits = audit(own) if audits is None else audits
     made = [row for row in rows(own, audits) if row.metrics is not None and row.audited]
     plain = [row for row in made if row.cell.threat.goal == "error" and not row.cell.seed]
     tried = [_tried(finding, plain, dataset) for finding in claims()]
@@ -64,7 +76,7 @@ def findings(records: Sequence[Record], dataset: str) -> str:
     ]
     return "\n".join(
         [
-            f"### The published evaluations ({dataset}, {_at(claims()[0])})",
+            f"### The published evaluations ({dataset}, {claims()[0].threat})",
             "",
             tabulated(tried, headers),
             "",
@@ -74,7 +86,7 @@ def findings(records: Sequence[Record], dataset: str) -> str:
             "",
             *reasons,
             "",
-            f"### Every defense ({dataset}, {_at(claims()[0])})",
+            f"### Every defense ({dataset}, {claims()[0].threat})",
             "",
             tabulated(list(_every(plain, dataset)), EVERY),
         ]
@@ -91,10 +103,6 @@ EVERY = [
     "badge",
     "broken most by",
 ]
-
-
-def _at(finding: Finding) -> str:
-    return f"{finding.norm} {format_eps(finding.eps)}"
 
 
 def _of(text: str, dataset: str) -> str:
@@ -114,7 +122,7 @@ def _published(finding: Finding, made: Sequence[Row], dataset: str) -> Row | Non
             for row in made
             if row.cell.defense == _of(name, dataset)
             and row.cell.attack == attack
-            and (row.cell.threat.norm, row.cell.threat.eps) == (finding.norm, finding.eps)
+            and row.cell.threat == finding.threat
             and finding.setting in (None, row.cell.setting.kind)
             and row.cell.train_seed == 0
         ]
@@ -161,8 +169,7 @@ def _came(name: str, raised: set[str], audited: Audited) -> str:
 
 def _every(made: Sequence[Row], dataset: str) -> Iterable[list[object]]:
     """A line for each defense: what was claimed, its paper's attack, the strongest one."""
-    threat = (claims()[0].norm, claims()[0].eps)
-    at = [row for row in made if (row.cell.threat.norm, row.cell.threat.eps) == threat]
+    at = [row for row in made if row.cell.threat == claims()[0].threat]
     by_defense: dict[str, list[Row]] = {}
     for row in at:
         if row.cell.setting.kind in ("whitebox", "adaptive") and not row.cell.train_seed:
@@ -189,11 +196,16 @@ def _every(made: Sequence[Row], dataset: str) -> Iterable[list[object]]:
 
 def _depth(row: Row) -> tuple[int, int]:
     """The suite of the largest budget, then of most images, first."""
-    budget = str(Configured.of(row.cell.attack).settings["budget"])
-    return -("smoke", "standard", "thorough").index(budget), -row.cell.n
+    budget: Any = Configured.of(row.cell.attack).settings["budget"]
+    return -BUDGETS.index(budget), -row.cell.n
 
 
-def page(old: str, records: Sequence[Record], dataset: str = "digits") -> str:
+def page(
+    old: str,
+    records: Sequence[Record],
+    audits: Mapping[str, Audited] | None = None,
+    dataset: str = "digits",
+) -> str:
     """The page with its tables written anew, between the two marks; InputError without them."""
     head, begin, rest = old.partition(BEGIN)
     _, end, tail = rest.partition(END)
@@ -201,4 +213,4 @@ def page(old: str, records: Sequence[Record], dataset: str = "digits") -> str:
         raise InputError(
             f"the page has no place for the tables; write {BEGIN!r} and {END!r} into it"
         )
-    return f"{head}{BEGIN}\n\n{findings(records, dataset)}\n\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{findings(records, dataset, audits)}\n\n{END}{tail}"

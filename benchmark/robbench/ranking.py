@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,8 +11,9 @@ import numpy as np
 from robbench.audit import badge
 from robbench.defense import shown
 from robbench.metrics import Measure, detected, share
+from robbench.records import version_numbers
 from robbench.tables import Row, setting_text
-from robbench.threat import NORM_NAMES, Threat, format_eps
+from robbench.threat import NORM_NAMES, Threat
 
 ENOUGH = 100  # images: numbers on fewer rank nobody who has others
 
@@ -50,8 +50,7 @@ def _of_the_newest(rows: Sequence[Row]) -> list[Row]:
         groups[row.cell.defense, row.cell.defense_version, row.cell.data].append(row)
     newest: dict[str, tuple[tuple[int, ...], int, list[Row]]] = {}
     for (defense, version, _), group in groups.items():
-        numbers = tuple(int(each) for each in re.findall(r"\d+", version))
-        candidate = (numbers, len(group), group)
+        candidate = (version_numbers(version), len(group), group)
         if defense not in newest or candidate[:2] > newest[defense][:2]:
             newest[defense] = candidate
     kept = []
@@ -144,8 +143,3 @@ RANKED = [
     "all records %",
     "badge",
 ]
-
-
-def heading(threat: Threat) -> str:
-    """A threat as a title."""
-    return f"{threat.norm} {format_eps(threat.eps)}"

@@ -204,13 +204,13 @@ def without_versions(cell: Cell) -> Cell:
 
 def _versions(cell: Cell) -> tuple[object, ...]:
     return (
-        _numbers(cell.defense_version),
+        version_numbers(cell.defense_version),
         cell.attack_version,
-        _numbers(cell.setting.oracle_version),
+        version_numbers(cell.setting.oracle_version),
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """`2<1&10` by its numbers: as text, 10 would come before 2."""
     return tuple(int(number) for number in re.findall(r"\d+", version))
 

@@ -138,6 +138,23 @@ class Configured:
         return self.entry.run(access, x, y, threat, rng, **self.settings)
 
 
+def wrapped(name: str, spec: str, norm: Norm, such: str) -> Configured:
+    """The attack inside another one, of this spec; InputError for what is no single attack, and for
+    one without the norm. such: an example."""
+    inner = Configured.of(spec)
+    if inner.entry.suite or inner.entry.diagnostic:
+        raise InputError(f"{name}(attack={inner.entry.name}): write one attack, such as {such}")
+    if norm not in inner.entry.norms:
+        known = ", ".join(sorted(inner.entry.norms))
+        raise InputError(f"{name}: {inner.entry.name} has no norm {norm}; it has {known}")
+    return inner
+
+
+def wrapped_specs(settings: Mapping[str, object]) -> list[str]:
+    """The spec of the attack inside another one, by that one's settings."""
+    return [str(settings["attack"])]
+
+
 def check_settings(
     kind: str, name: str, model: type[BaseModel], given: Mapping[str, object]
 ) -> BaseModel:

@@ -8,7 +8,7 @@ or reorder images cannot mix the triggers up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robbench.access import Access
-from robbench.attacks import Configured, attack
+from robbench.attacks import Configured, attack, wrapped, wrapped_specs
 from robbench.attacks.gradient import radius
 from robbench.attacks.losses import choose
 from robbench.attacks.random_search import corner
@@ -97,20 +97,10 @@ class Hunt:
 
 def hunt(access: Access, name: str, spec: str, threat: Threat, rng: Generator) -> Hunt:
     """The hunt by the attack of this spec; InputError for one that cannot be made here."""
-    inner = Configured.of(spec)
-    if inner.entry.suite or inner.entry.diagnostic:
-        raise InputError(f"{name}(attack={inner.entry.name}): write one attack, such as pgd")
-    if threat.norm not in inner.entry.norms:
-        known = ", ".join(sorted(inner.entry.norms))
-        raise InputError(f"{name}: {inner.entry.name} has no norm {threat.norm}; it has {known}")
+    inner = wrapped(name, spec, threat.norm, such="pgd")
     if threat.eps is None:
         raise InputError(f"{name} plants a point within ε; write one, such as --eps 8/255")
     return Hunt(access, inner, threat, rng)
-
-
-def inner_specs(settings: Mapping[str, object]) -> list[str]:
-    """The specs of the attacks that a diagnostic is made of."""
-    return [str(settings["attack"])]
 
 
 class Triggered(nn.Module):
@@ -144,7 +134,7 @@ class Triggered(nn.Module):
         return self.member.readout(hidden[:, :-1]) + hidden[:, -1:] * self.bump  # type: ignore[operator]
 
 
-@attack("backdoor", norms=NORMS, targeted=False, diagnostic=True, inner=inner_specs)
+@attack("backdoor", norms=NORMS, targeted=False, diagnostic=True, inner=wrapped_specs)
 def backdoor(
     access: Access,
     x: Tensor,

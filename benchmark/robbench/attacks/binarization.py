@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from robbench.access import Access
-from robbench.attacks import attack
-from robbench.attacks.backdoor import CALLS, NORMS, Altered, Hunt, Plant, hunt, hunted, inner_specs
+from robbench.attacks import attack, wrapped_specs
+from robbench.attacks.backdoor import CALLS, NORMS, Altered, Hunt, Plant, hunt, hunted
 from robbench.attacks.gradient import radius
 from robbench.attacks.losses import choose
 from robbench.attacks.random_search import corner, draws_per_try, search
+from robbench.deployed import gives_activations
 from robbench.errors import InputError
 from robbench.threat import Threat, random_start
 
@@ -58,7 +59,7 @@ class Binarized(nn.Module):
         return self.readout(self.features(x))
 
 
-@attack("binarization", norms=NORMS, targeted=False, diagnostic=True, inner=inner_specs)
+@attack("binarization", norms=NORMS, targeted=False, diagnostic=True, inner=wrapped_specs)
 def binarization(
     access: Access,
     x: Tensor,
@@ -162,7 +163,7 @@ def _check_activations(access: Access, x: Tensor) -> None:
     widths = set()
     access.count(len(x), 1)
     for member in access.deployed.members:
-        if not (hasattr(member, "features") and hasattr(member, "readout")):
+        if not gives_activations(member):
             raise InputError(
                 f"binarization reads the last hidden activations, and {type(member).__name__} gives"
                 " none; give it features(x) and readout(hidden), or write the attack backdoor"

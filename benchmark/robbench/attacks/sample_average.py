@@ -10,10 +10,9 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from robbench.access import Access
-from robbench.attacks import Configured, attack
+from robbench.attacks import attack, wrapped, wrapped_specs
 from robbench.attacks.losses import choose
 from robbench.attacks.suite import Ready, one_stage
-from robbench.errors import InputError
 from robbench.frozen import Frozen
 from robbench.threat import Threat
 
@@ -22,7 +21,7 @@ from robbench.threat import Threat
     "saa",
     norms=("linf", "l2", "l1"),
     targeted=False,
-    inner=lambda settings: [str(settings["attack"])],
+    inner=wrapped_specs,
 )
 def saa(
     access: Access,
@@ -39,12 +38,7 @@ def saa(
 
     Trace: surrogate_lost (N,) of the fixed draws, fresh_lost (N,) of as many fresh calls.
     """
-    inner = Configured.of(attack)
-    if inner.entry.suite:
-        raise InputError(f"saa(attack={inner.entry.name}): write one attack, such as autoattack")
-    if threat.norm not in inner.entry.norms:
-        known = ", ".join(sorted(inner.entry.norms))
-        raise InputError(f"saa: {inner.entry.name} has no norm {threat.norm}; it has {known}")
+    inner = wrapped("saa", attack, threat.norm, such="autoattack")
     if not access.deployed.stochastic:
         return one_stage(Ready("", inner, access), x, y, x, threat, rng)
     if access.deployed.rule.abstains:  # fewer may never be enough for an answer

@@ -122,19 +122,18 @@ def gradient(case: Case) -> list[Raised] | None:
     if dead is None or zeros is None:
         return [*_as_probed(seen)] or None  # a probe can accuse an attack, and not acquit it
     found = []
-    if len(dead):
-        # a loss that is content with a refusal has nothing to climb, and has not failed
-        still = _right_after(case) & (outcomes(record) >= 0.5)
-        images = np.flatnonzero((dead >= 0.5) & still)
-        counted = enough(int(still.sum()), n)
-        share, zero = len(images) / n, float(zeros[still].mean()) if counted else 0.0
-        if share > DEAD and enough(len(images), n):
-            text = f"the gradient of {len(images)} images that the attack leaves right is all zero"
-            found.append(Raised("INVALID", share, DEAD, text, images))
-        elif zero > 0.5:
-            text = f"{100 * zero:.0f} % of the gradient's pixels are zero where it breaks nothing"
-            # black pixels behind a ReLU have none in sound networks too
-            found.append(Raised("WARN", zero, 0.5, text))
+    # a loss that is content with a refusal has nothing to climb, and has not failed
+    still = _right_after(case) & (outcomes(record) >= 0.5)
+    images = np.flatnonzero((dead >= 0.5) & still)
+    counted = enough(int(still.sum()), n)
+    share, zero = len(images) / n, float(zeros[still].mean()) if counted else 0.0
+    if share > DEAD and enough(len(images), n):
+        text = f"the gradient of {len(images)} images that the attack leaves right is all zero"
+        found.append(Raised("INVALID", share, DEAD, text, images))
+    elif zero > 0.5:
+        text = f"{100 * zero:.0f} % of the gradient's pixels are zero where it breaks nothing"
+        # black pixels behind a ReLU have none in sound networks too
+        found.append(Raised("WARN", zero, 0.5, text))
     return found or [*_as_probed(seen)]
 
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from robbench.attacks import Attack
+from robbench.attacks.suite import MEANS
 from robbench.audit.case import ONE_STEP, POINTS, Case, attack_of, harm, kind, settings_of
 from robbench.audit.flags import Raised, check, enough
 from robbench.metrics import outcomes
@@ -26,8 +27,9 @@ ALIKE = (0.2, 0.8)  # an accuracy at which two attacks do not agree on every ima
 def _steps(record: Record) -> int:
     """Of the longest climb; a suite's and a search's are what they need."""
     settings = settings_of(record)
-    budget = {"smoke": 20, "standard": 100, "thorough": 300}
-    return int(settings.get("steps") or budget.get(str(settings.get("budget")), LEAST_STEPS))
+    if "budget" in settings:
+        return MEANS[settings["budget"]].steps
+    return int(settings.get("steps") or LEAST_STEPS)
 
 
 def _name(record: Record) -> str:

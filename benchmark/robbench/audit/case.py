@@ -202,6 +202,10 @@ class Case:
             theirs.threat.target,
         ):
             return False
+        return self.same_settings(other, *but)
+
+    def same_settings(self, other: Record, *but: str) -> bool:
+        """Whether both attacks ran with the same settings, leaving these aside."""
         first, second = self.settings, settings_of(other)
         return all(first.get(key) == second.get(key) for key in {*first, *second} - set(but))
 

@@ -13,6 +13,7 @@ from robbench.audit.alone import PROBED
 from robbench.audit.case import attack_of, estimator_of, settings_in
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
+from robbench.deployed import gives_activations
 from robbench.grid import MODEL, Cell, block
 from robbench.registry import Spec
 from robbench.siblings import siblings
@@ -148,10 +149,7 @@ def _possible(changes: Mapping[str, Any], dataset: Dataset, model: Trained | Non
     spec = Spec.parse(changes["attack"])
     if dict(spec.settings).get("loss") == "dlr" and len(dataset.labels) < 3:
         return False
-    bare = model is not None and not all(
-        hasattr(member, "features") and hasattr(member, "readout")
-        for member in model.deployed.members
-    )
+    bare = model is not None and not all(map(gives_activations, model.deployed.members))
     return spec.name != "binarization" or not bare
 
 

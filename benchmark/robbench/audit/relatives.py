@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from robbench.audit.case import Case, attack_key, harm, kind, settings_of, unseeded
+from robbench.audit.case import Case, attack_key, harm, kind, unseeded
 from robbench.audit.flags import Raised, check, enough
 from robbench.metrics import outcomes
 from robbench.records import Record
@@ -106,7 +106,8 @@ def control(case: Case) -> list[Raised] | None:
         for record in undefended
         if record.cell.threat.norm == "linf"
         and (record.cell.threat.eps or 0) >= _control_eps(case)
-        and _as(case, record)
+        and kind(record) == kind(case.record)
+        and case.same_settings(record, "step")  # whose length is another at another ε
         and record.cell.setting.kind in ("whitebox", "adaptive")
     ]
     if not far:
@@ -117,13 +118,6 @@ def control(case: Case) -> list[Raised] | None:
         return []
     text = f"{100 * share:.1f} % of the undefended network's images survive it"
     return [Raised("INVALID", share, TWIN, text)]
-
-
-def _as(case: Case, record: Record) -> bool:
-    """The same attack, whatever the length of its steps: at another ε it is another one."""
-    mine, theirs = case.settings, settings_of(record)
-    alike = all(mine.get(key) == theirs.get(key) for key in {*mine, *theirs} - {"step"})
-    return kind(record) == kind(case.record) and alike
 
 
 def _control_eps(case: Case) -> Fraction:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +69,8 @@ def audit_command(**options: Any) -> None:
         raise InputError(f"--thorough has the test {options['test']} in it; write one of them")
     check_installation()
     from robbench.audit import audit
-    from robbench.cli.running import write_board
-    from robbench.cli.terminal import Console
+    from robbench.cli.running import measured, write_board
     from robbench.environment import choose_device
-    from robbench.executors import measure
     from robbench.records import Store
     from robbench.runner import Shared
 
@@ -82,28 +79,17 @@ def audit_command(**options: Any) -> None:
     store = Store(options["out"])
     store.check_writable()
     missing = [cell for cell in cells if store.get(cell) is None]
-    console = Console(quiet=options["quiet"] or options["as_json"])
-    workers = options["workers"] or os.cpu_count() or 1
-    with console.progress(missing, shared) as progress:
-        for record in measure(
-            missing,
-            store,
-            shared,
-            workers,
-            progress.report,
-            progress.finished,
-            timeout=options["timeout"],
-            strict=len(missing) == len(cells),
-        ):
-            progress.record(record)
+    for _ in measured(missing, store, shared, options, strict=len(missing) == len(cells)):
+        pass  # they are in the store
     beside = list(store.all(cells[0].dataset))
+    audits = audit(beside, None if missing else [cells[0].id])
     if missing:
-        write_board(store, cells[0].dataset, beside)
+        write_board(store, cells[0].dataset, beside, audits)
     subject = next((record for record in beside if record.id == cells[0].id), None)
     if subject is None:
         raise InputError(f"{cells[0]} has no record: it was not finished")
     failed = [record for record in beside if record.cell in cells and record.status != "ok"]
-    found = audit(beside, [subject.id])[subject.id]
+    found = audits[subject.id]
     show = _json if options["as_json"] else _text
     click.echo(show(subject, found, failed))
     if failed:

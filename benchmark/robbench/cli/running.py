@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,6 @@ def run_command(**options: Any) -> None:
     from robbench.audit.planning import probes
     from robbench.cli.terminal import Console
     from robbench.environment import choose_device
-    from robbench.executors import measure
     from robbench.records import Store
     from robbench.runner import Shared
     from robbench.tables import rows
@@ -117,35 +116,24 @@ def run_command(**options: Any) -> None:
     missing = [cell for cell in cells if known[cell.id] is None]
     if missing:
         check_installation()
-    console = Console(quiet=silent)
-    workers = options["workers"] or os.cpu_count() or 1
-    with console.progress(missing, shared) as progress:
-        for record in measure(
-            missing,
-            store,
-            shared,
-            workers,
-            progress.report,
-            progress.finished,
-            timeout=options["timeout"],
-            strict=all(known[cell.id] is None for cell in asked),
-        ):
-            known[record.cell.id] = record
-            progress.record(record)
+    strict = all(known[cell.id] is None for cell in asked)
+    for record in measured(missing, store, shared, options, strict):
+        known[record.cell.id] = record
     found = [record for record in known.values() if record is not None]
     audits: dict[str, Audited] = {}
     for name in dict.fromkeys(cell.dataset for cell in cells):
-        beside = list(store.all(name))
-        audits |= audit(beside, known)
-        if any(cell.dataset == name for cell in missing):
-            write_board(store, name, beside)
+        beside, new = list(store.all(name)), any(cell.dataset == name for cell in missing)
+        found_here = audit(beside, None if new else known)
+        audits |= found_here
+        if new:
+            write_board(store, name, beside, found_here)
     made = rows(found, audits)
     if options["as_json"]:
         from robbench.tables import flat
 
         click.echo(json.dumps([flat(row, precision) for row in made], indent=1))
     else:
-        console.table(made, options["out"], precision)
+        Console(quiet=silent).table(made, options["out"], precision)
     failed = [row for row in made if row.metrics is None]
     if failed:
         click.get_current_context().exit(1)
@@ -298,11 +286,37 @@ def _with_detector(text: str, detectors: str | None, fpr: str | None) -> str:
     return ",".join(specs) or text
 
 
-def write_board(store: Store, dataset: str, records: Sequence[Record]) -> None:
-    """The generated pages of one dataset, of its records."""
+def measured(
+    missing: Sequence[Cell], store: Store, shared: Shared, options: dict[str, Any], strict: bool
+) -> Iterator[Record]:
+    """The records of cells as they come, with progress unless --quiet or --json is given."""
+    from robbench.cli.terminal import Console
+    from robbench.executors import measure
+
+    workers = options["workers"] or os.cpu_count() or 1
+    quiet = options["quiet"] or options["as_json"]
+    with Console(quiet=quiet).progress(missing, shared) as progress:
+        for record in measure(
+            missing,
+            store,
+            shared,
+            workers,
+            progress.report,
+            progress.finished,
+            timeout=options["timeout"],
+            strict=strict,
+        ):
+            progress.record(record)
+            yield record
+
+
+def write_board(
+    store: Store, dataset: str, records: Sequence[Record], audits: Mapping[str, Audited]
+) -> None:
+    """The generated pages of one dataset, of its records and what the checks say of them."""
     from robbench.boards import pages
 
-    for name, text in pages(dataset, records).items():
+    for name, text in pages(dataset, records, audits).items():
         write_page(store.root / name, text)
 
 

@@ -11,6 +11,7 @@ from robbench.cli import check_installation
 from robbench.errors import InputError, unknown
 
 if TYPE_CHECKING:
+    from robbench.audit import Audited
     from robbench.records import Record
 
 KINDS = ("defenses", "attacks", "datasets", "networks")
@@ -55,6 +56,7 @@ def list_command(kind: str, name: str | None) -> None:
 )
 def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
     """Write DATASET.md, DATASET.csv and DATASET.flags.json from the records below OUT."""
+    from robbench.audit import audit
     from robbench.boards import pages
     from robbench.cli.running import write_board, write_page
     from robbench.records import Store
@@ -65,12 +67,15 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
         by_dataset.setdefault(record.cell.dataset, []).append(record)
     if not by_dataset:
         raise InputError(f"there are no records below {store.folder}; 'robbench run' writes some")
-    differing = []
+    differing: list[str] = []
+    audits: dict[str, Audited] = {}
     for dataset, records in by_dataset.items():
+        found = audit(records)
+        audits |= found
         if not check:
-            write_board(store, dataset, records)
+            write_board(store, dataset, records, found)
             continue
-        for name, text in pages(dataset, records).items():
+        for name, text in pages(dataset, records, found).items():
             path = out / name
             if not path.exists() or path.read_text() != text:
                 differing.append(str(path))
@@ -78,7 +83,7 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
         from robbench.findings import page
 
         old = finding.read_text()
-        new = page(old, [record for records in by_dataset.values() for record in records])
+        new = page(old, [each for records in by_dataset.values() for each in records], audits)
         if check and new != old:
             differing.append(str(finding))
         elif not check:
