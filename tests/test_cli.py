@@ -763,7 +763,7 @@ LISTED = {
         *(f"torchattacks:{name}" for name in torchattacks.names()),
         *(f"art:{name}" for name in art.names()),
     ],
-    "datasets": lambda: [*datasets.DATASETS, "folder:PATH"],
+    "datasets": lambda: [*datasets.DATASETS, "NAME@5000", "folder:PATH"],
     "networks": lambda: list(networks.NETWORKS),
 }
 

@@ -348,6 +348,30 @@ def test_every_dataset_can_be_fetched() -> None:
     assert set(datasets.FETCH) == set(datasets.DATASETS)
 
 
+def test_a_view_has_the_first_training_images_and_the_same_test_images() -> None:
+    whole, view = load("digits"), load("digits@300")
+    assert view.name == "digits@300" and view.hash != whole.hash
+    assert torch.equal(view.train.x, whole.train.x[:300])
+    assert torch.equal(view.validation.y, whole.validation.y[:30])
+    assert torch.equal(view.test.x, whole.test.x)
+    assert np.bincount(view.train.y).min() >= 28  # stratified, as the order is
+
+
+@pytest.mark.parametrize("count", ["", "0", "01", "-5", "many", "2000"])
+def test_a_view_of_no_number_of_images_is_one_line(count: str) -> None:
+    with pytest.raises(InputError, match=r"^(dataset )?digits@.*write digits@\d+"):
+        load(f"digits@{count}")
+
+
+def test_cifar10_as_jpeg_is_an_image_folder_of_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="put an image folder"):
+        load("cifar10-jpeg", tmp_path)
+    write_images(tmp_path / "cifar10-jpeg")
+    found = load("cifar10-jpeg", tmp_path)
+    assert (found.name, found.labels) == ("cifar10-jpeg", ("cat", "dog"))
+    assert load("cifar10-jpeg@20", tmp_path).train.y.shape == (20,)
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
 def test_folder_of_images(tmp_path: Path, mode: str, channels: int) -> None:
     write_images(tmp_path, mode)

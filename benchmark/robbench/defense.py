@@ -16,6 +16,7 @@ from robbench import networks, registry
 from robbench.attacks import check_settings
 from robbench.attacks.losses import Votes
 from robbench.attacks.suite import Budget, Stage, compose
+from robbench.datasets import kind as kind_of
 from robbench.detectors import DetectorSpec, Rate
 from robbench.errors import InputError, unknown
 from robbench.registry import Spec
@@ -31,6 +32,7 @@ D = TypeVar("D", bound="type[Defense]")
 ALIKE: Mapping[str, tuple[str, ...]] = {
     "fashion-mnist": ("mnist",),
     "cifar10": ("mnist",),
+    "cifar10-jpeg": ("cifar10", "mnist"),
     "cifar100": ("cifar10", "mnist"),
     "tiny-imagenet": ("cifar10", "mnist"),
     "imagenet": ("cifar10", "mnist"),
@@ -357,13 +359,16 @@ def canonical(text: str | Spec) -> Spec:
     return Spec(name="&".join(spec.name for spec in specs), parts=tuple(specs))
 
 
-def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
-    """The spec with a preset's fields below its own; `paper:imagenet` precedes `paper`.
+def with_preset(text: str | Spec, preset: str | None, dataset: str) -> Spec:
+    """The spec with a preset's fields below its own; `paper:imagenet` precedes `paper`. None: as it
+    is written.
 
     A base takes the same preset, but for its network, which is that of what is built on it; what
     goes around a base leaves it its own.
     """
     spec = Spec.parse(text)
+    if preset is None:
+        return canonical(spec)
     if spec.parts:
         parts = tuple(with_preset(part, preset, dataset) for part in spec.parts)
         return spec.model_copy(update={"parts": parts})
@@ -371,7 +376,7 @@ def with_preset(text: str | Spec, preset: str, dataset: str) -> Spec:
     if preset not in cls.presets:
         known = [key for key in cls.presets if ":" not in key]
         raise unknown(f"preset of {spec.name}", preset, known)
-    kind = dataset.partition(":")[0]  # folder:PATH is a folder
+    kind = kind_of(dataset)
     alike = ALIKE.get(kind, ()) if preset == "quick" else ()
     keys = [*(f"{preset}:{name}" for name in (kind, *alike)), preset]
     fields: dict[str, Any] = dict(next(cls.presets[key] for key in keys if key in cls.presets))

@@ -341,11 +341,12 @@ class Block(BaseModel):
     def cells(
         self,
         dataset: Dataset,
-        preset: str = "quick",
+        preset: str | None = "quick",
         models: Mapping[str, Trained] = MappingProxyType({}),
     ) -> Iterator[Cell]:
         """The cells in reading order; what the dataset has not got is an InputError.
 
+        preset: whose fields stand below those of every spec; None for specs that say all.
         models: the caller's own ones by the name that stands in `defense` and `oracle`.
         """
         try:
@@ -354,10 +355,10 @@ class Block(BaseModel):
             raise InputError(f"{self._place}{error}") from None
 
     def _cells(
-        self, dataset: Dataset, preset: str, models: Mapping[str, Trained]
+        self, dataset: Dataset, preset: str | None, models: Mapping[str, Trained]
     ) -> Iterator[Cell]:
         n = self.n if self.n is not None else min(500, len(dataset.test.y))
-        dataset.subset(n)
+        dataset.check_count(n)
 
         def known(text: str) -> _Target:
             return _Target.of(text, preset, dataset.name, models)
@@ -481,7 +482,9 @@ class _Target(BaseModel):
     abstains: bool
 
     @classmethod
-    def of(cls, text: str, preset: str, dataset: str, models: Mapping[str, Trained]) -> _Target:
+    def of(
+        cls, text: str, preset: str | None, dataset: str, models: Mapping[str, Trained]
+    ) -> _Target:
         if text in models:
             stochastic = models[text].deployed.stochastic
             adaptive = stochastic or bool(models[text].losses)

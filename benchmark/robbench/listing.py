@@ -185,8 +185,9 @@ def _attack(entry: Attack) -> str:
 
 def datasets() -> str:
     """Name and origin, and the default ε lists; images of folder:PATH take those of CIFAR."""
-    lines = [[name, f"'robbench data {name}'"] for name in sorted(data.DATASETS)]
-    lines = [[name, "comes with robbench" if name == "digits" else how] for name, how in lines]
+    own = {"digits": "comes with robbench", "cifar10-jpeg": "cifar10-jpeg.tar.gz in --data-dir"}
+    lines = [[name, own.get(name, f"'robbench data {name}'")] for name in sorted(data.DATASETS)]
+    lines.append(["NAME@5000", "any of these, with the first 5,000 training images alone"])
     lines += [[name, "plugin"] for name in registry.datasets if name not in data.DATASETS]
     lines.append(["folder:PATH", "an image folder or its tar.gz: train/CLASS/*, test/CLASS/*"])
     parts = [_table(lines, ["dataset", "where"], [None, WRAPPED])]

@@ -24,7 +24,7 @@ def siblings(text: str, dataset: str, relation: str) -> list[str]:
     return [each for each in found if each != str(canonical(spec))]
 
 
-def members_of(text: str, preset: str, dataset: str) -> list[str]:
+def members_of(text: str, preset: str | None, dataset: str) -> list[str]:
     """The specs of the single members behind `A[*]`; anything else is itself."""
     spec = Spec.parse(text)
     if spec.member != "*":

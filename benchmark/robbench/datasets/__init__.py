@@ -2,6 +2,7 @@
 
     load("digits")                       # embedded in scikit-learn, needs no file and no network
     load("mnist", Path("data"))          # the four idx files under data/MNIST/raw
+    load("cifar10@5000", Path("data"))   # with the first 5,000 training images alone
     load("folder:my/images")             # train/CLASS/*.png, test/CLASS/*.png, or a .tar.gz of it
 
 Layouts, splits and what is kept in memory: docs/datasets.md.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
-from robbench.datasets.cifar import cifar10, cifar100
+from robbench.datasets.cifar import cifar10, cifar10_jpeg, cifar100
 from robbench.datasets.dataset import (
     LARGE_CONTROL,
     LARGE_EPS,
@@ -23,6 +24,7 @@ from robbench.datasets.dataset import (
     Dataset,
     Split,
     Subset,
+    first,
     from_tensors,
     stratified_order,
 )
@@ -31,17 +33,19 @@ from robbench.datasets.fetching import FETCH, check
 from robbench.datasets.idx import fashion_mnist, mnist
 from robbench.datasets.ilsvrc import imagenet, tiny_imagenet
 from robbench.datasets.image_folder import folder, folder_path
-from robbench.errors import unknown
+from robbench.errors import InputError, unknown
 
 __all__ = [
     "DATASETS", "FETCH", "LARGE_CONTROL", "LARGE_EPS", "SMALL_CONTROL", "SMALL_EPS",
-    "Dataset", "Split", "Subset", "check_name", "fetch", "from_tensors", "load", "stratified_order",
+    "Dataset", "Split", "Subset", "check_name", "fetch", "from_tensors", "kind", "load",
+    "stratified_order",
 ]  # fmt: skip
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "digits": digits,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "cifar10": cifar10,
+    "cifar10-jpeg": cifar10_jpeg,
     "cifar100": cifar100,
     "tiny-imagenet": tiny_imagenet,
     "imagenet": imagenet,
@@ -51,12 +55,15 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """The dataset of this name, a key of DATASETS or folder:PATH; later calls return the same.
 
+    NAME@COUNT has the first COUNT training images in their stratified order, a tenth as many for
+    validation, and the whole test split.
+
     `data_dir` is by default $ROBBENCH_DATA, else ~/.cache/robbench/data. Raises InputError when
     files are missing or broken, with what to do about it. tiny-imagenet and imagenet stay on disk,
     whose files are decoded when they are used and reported when they turn out to be broken.
     """
     check_name(name)
-    where = _directory(data_dir) if name in DATASETS else folder_path(name)
+    where = _directory(data_dir) if kind(name) in DATASETS else folder_path(name)
     return _load(name, where.absolute())  # folder:images depends on the current folder
 
 
@@ -68,9 +75,10 @@ def fetch(name: str, data_dir: Path | None = None) -> Path:
     downloaded, and for what is not the published dataset; a folder:PATH only needs to load.
     """
     check_name(name)
-    if name not in DATASETS:
+    if kind(name) not in DATASETS:
         load(name)
         return folder_path(name)
+    name = kind(name)
     directory = _directory(data_dir).absolute()
     where = FETCH[name](directory)
     check(name, directory, load(name, directory))
@@ -79,14 +87,28 @@ def fetch(name: str, data_dir: Path | None = None) -> Path:
 
 @lru_cache(maxsize=4)  # MNIST takes 220 MB, CIFAR 740 MB
 def _load(name: str, where: Path) -> Dataset:
-    return DATASETS[name](where) if name in DATASETS else folder(where, name)
+    whole = kind(name)
+    if whole not in DATASETS:
+        return folder(where, name)
+    dataset = DATASETS[whole](where)
+    return dataset if name == whole else first(dataset, int(name.partition("@")[2]), name)
+
+
+def kind(name: str) -> str:
+    """What a name is about: `cifar10` of cifar10@5000, `folder` of folder:PATH."""
+    return "folder" if name.startswith("folder:") else name.partition("@")[0]
 
 
 def check_name(name: str, more: Collection[str] = ()) -> None:
     """InputError for what is neither built in nor a folder; `more` are names of plugins."""
-    if name not in DATASETS and not name.startswith("folder:"):
+    whole, view, count = name.partition("@")
+    if name.startswith("folder:"):
+        return
+    if whole not in DATASETS:
         known = {*DATASETS, *more}
         raise unknown("dataset", name, known, "or folder:PATH for your own images")
+    if view and (not count.isdecimal() or int(count) < 1 or count.startswith("0")):
+        raise InputError(f"dataset {name}: {count!r} is no number of images; write {whole}@5000")
 
 
 def _directory(data_dir: Path | None) -> Path:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from robbench.datasets.dataset import Dataset, Split, hold_out, require
+from robbench.datasets.image_folder import folder
 from robbench.datasets.images import reason
 from robbench.errors import InputError
 
@@ -38,6 +39,17 @@ def cifar10(directory: Path) -> Dataset:
     x, y = (torch.cat(parts) for parts in zip(*learning, strict=True))
     test = _batch(root / "test_batch", "labels", len(names))
     return hold_out("cifar10", Split(x, y), test, 10, names)
+
+
+def cifar10_jpeg(directory: Path) -> Dataset:
+    """CIFAR-10 re-encoded as JPEG: directory/cifar10-jpeg.tar.gz, or a folder cifar10-jpeg, with
+    train/CLASS/* and test/CLASS/*. Its own dataset: compression takes what attacks look for."""
+    found = (directory / "cifar10-jpeg.tar.gz", directory / "cifar10-jpeg")
+    for path in found:
+        if path.exists():
+            return folder(path, "cifar10-jpeg")
+    put = "an image folder with train/CLASS/* and test/CLASS/*, or a .tar.gz of it"
+    raise InputError(f"cifar10-jpeg: neither {found[0]} nor {found[1]} is there; put {put} there")
 
 
 def cifar100(directory: Path) -> Dataset:

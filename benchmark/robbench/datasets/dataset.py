@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +96,13 @@ class Dataset:
 
     def subset(self, n: int) -> Subset:
         """The first n test images of the fixed stratified order: n = 500 is the start of 1,000."""
+        self.check_count(n)
+        ids = self.order[:n].copy()
+        digest = hashlib.sha256(self.name.encode() + b"\0" + ids.astype("<i8").tobytes())
+        return Subset(ids, *take(self.test, ids), digest.hexdigest())
+
+    def check_count(self, n: int) -> None:
+        """InputError where there are no n test images."""
         size = len(self.test.y)
         if n > size:
             raise InputError(
@@ -104,9 +111,6 @@ class Dataset:
             )
         if n < 1:
             raise InputError(f"n = {n}, but at least one image is needed; write -n 1 to -n {size}")
-        ids = self.order[:n].copy()
-        digest = hashlib.sha256(self.name.encode() + b"\0" + ids.astype("<i8").tobytes())
-        return Subset(ids, *take(self.test, ids), digest.hexdigest())
 
 
 def stratified_order(y: NDArray[np.integer[Any]], seed: int = 0) -> NDArray[np.int64]:
@@ -161,6 +165,21 @@ def hold_out(
         eps=eps,
         control=control,
     )
+
+
+def first(dataset: Dataset, count: int, name: str) -> Dataset:
+    """The dataset with the first `count` of its training images and a tenth as many for validation,
+    in their order: so few in every class. InputError for more than there are."""
+    have = len(dataset.train.y)
+    if count > have:
+        raise InputError(
+            f"{name}: {dataset.name} has {have} training images;"
+            f" write {dataset.name}@{have} or less"
+        )
+    held_out = min(len(dataset.validation.y), max(1, count // 10))
+    train = take(dataset.train, range(count))
+    validation = take(dataset.validation, range(held_out))
+    return replace(dataset, name=name, train=train, validation=validation)
 
 
 def require(name: str, directory: Path, folder: Path, files: Iterable[str], put: str) -> None:

@@ -21,6 +21,7 @@ COUNTS = {  # images to learn from, with validation, and test images
     "mnist": (60_000, 10_000),
     "fashion-mnist": (60_000, 10_000),
     "cifar10": (50_000, 10_000),
+    "cifar10-jpeg": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "tiny-imagenet": (100_000, 10_000),
     "imagenet": (1_281_167, 50_000),
@@ -107,8 +108,8 @@ def _download(name: str, hint: str, download: Callable[[], object]) -> None:
         raise InputError(f"{name} could not be downloaded ({reason(error)}); {hint}") from error
 
 
-def _by_hand(directory: Path) -> Path:
-    return directory / "imagenet"  # whose loader says what to put there
+def _by_hand(name: str, directory: Path) -> Path:
+    return directory / name  # whose loader says what to put there
 
 
 def _checksums(name: str, directory: Path) -> Iterator[tuple[Path, str]]:
@@ -130,7 +131,8 @@ FETCH: dict[str, Callable[[Path], Path]] = {
     "mnist": partial(_fetch_idx, "mnist"),
     "fashion-mnist": partial(_fetch_idx, "fashion-mnist"),
     "cifar10": partial(_fetch_cifar, "cifar10"),
+    "cifar10-jpeg": partial(_by_hand, "cifar10-jpeg"),
     "cifar100": partial(_fetch_cifar, "cifar100"),
     "tiny-imagenet": _fetch_tiny_imagenet,
-    "imagenet": _by_hand,
+    "imagenet": partial(_by_hand, "imagenet"),
 }
