@@ -116,3 +116,19 @@ def test_what_is_given_on_top_outweighs_the_paper_in_the_settings_too():
     variant = Configured.of("pgd:as-published(paper=adp, steps=7, keep=best)")
     found = effective("pgd:as-published", variant.settings)
     assert (found["steps"], found["keep"], found["label"]) == (7, "best", "predicted")
+
+
+@pytest.mark.parametrize(("paper", "per_step"), [("adp", 1), ("pdd", 2)])
+def test_jsma_steps_as_often_as_features_may_change(paper, per_step, network, digits):
+    """floor(γ D) features, one or two a step, whatever a step of 0.1 leaves to be gone."""
+    x, y, threat = digits.x[:8], digits.y[:8], Threat(norm="l0", eps=64)
+    own = effective(
+        "jsma:as-published", Configured.of(f"jsma:as-published(paper={paper})").settings
+    )
+    steps = int(0.3 * 64) // per_step
+    given = {key: own[key] for key in ("theta", "pairs", "targets") if key in own}
+    settings = ", ".join(f"{key}={str(value).lower()}" for key, value in given.items())
+    goal = Threat(norm="l0", eps=64, target="random") if own.get("target") else threat
+    plain = craft(f"jsma({settings}, gamma=0.3, steps={steps})", network, x, y, goal)
+    spec = f"jsma:as-published(paper={paper}, gamma=0.3)"
+    assert torch.equal(craft(spec, network, x, y, threat), plain)

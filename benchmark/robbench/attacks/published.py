@@ -40,9 +40,12 @@ PREDICTED = {"label": "predicted"}
 TENTHS: Mapping[str, Any] = {"steps": 10, "pace": Fraction(1, 10), "keep": "last", **PREDICTED}
 ADP_PENALTY = {"search": 1, "steps": 1000, "lr": 0.01, "confidence": 0.1, **PREDICTED}
 
-# Attack -> paper -> settings. pace: the step in ε. target: the rule of an untargeted threat. Of a
-# list of losses the first that the defense has. Sources: the texts, and where they say nothing the
-# code that their authors released.
+VERSIONS = {"jsma": 2}  # of variants that once ran otherwise; all others have their attack's
+
+# Attack -> paper -> settings. pace: the step in ε. target: the rule of an untargeted threat. once:
+# as many steps as there are features to be changed, and no more. Of a list of losses the first that
+# the defense has. Sources: the texts, and where they say nothing the code that their authors
+# released.
 TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fgsm": {
         "enresnet": {"loss": "ce"},
@@ -70,10 +73,10 @@ TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "mim": {"adp": {**TENTHS, "loss": "ce"}},
     "ilcm": {"rce": {"steps": 10, "pace": Fraction(1, 10), "keep": "last", "loss": "ce"}},
     "jsma": {
-        "adp": {"theta": -0.1, "pairs": False, "gamma": 0.05, "targets": 1},
+        "adp": {"theta": -0.1, "pairs": False, "gamma": 0.05, "targets": 1, "once": True},
         "rce": {"theta": 0.1, "pairs": False, "steps": 100, "gamma": 1.0,
                 "target": "least-likely"},
-        "pdd": {"theta": 0.1, "gamma": 0.05, "target": "random"},
+        "pdd": {"theta": 0.1, "gamma": 0.05, "target": "random", "once": True},
     },
     "cw": {
         "adp": {**ADP_PENALTY, "c": 0.01},
@@ -113,6 +116,10 @@ def _variant(name: str, papers: Mapping[str, Mapping[str, Any]]) -> Attack:
             if threat.eps is None:
                 raise InputError(f"attack {name}:as-published: its steps are shares of ε; give one")
             settings.setdefault("step", str(threat.eps * settings.pop("pace")))
+        if settings.pop("once", False):
+            per_step = 1 + settings.get("pairs", True)
+            changed_at_most = int(settings["gamma"] * x[0].numel() + 1e-9)
+            settings.setdefault("steps", max(1, changed_at_most // per_step))
         if "target" in settings:
             rule = settings.pop("target")
             threat = threat if threat.targeted else threat.model_copy(update={"target": rule})
@@ -126,6 +133,7 @@ def _variant(name: str, papers: Mapping[str, Mapping[str, Any]]) -> Attack:
         base,
         inner=None,
         name=f"{name}:as-published",
+        version=VERSIONS.get(name, base.version),
         run=run,
         faults="as the papers ran it; the plain name is the attack to use",
         open_settings=_settings(name, base.settings, tuple(papers)),
