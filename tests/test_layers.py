@@ -39,6 +39,8 @@ STEPS = [  # each may import its own step and what stands above it
         "listing",
         "evaluation",
     },
+    {"figures"},
+    {"reproducing", "contributions"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -34,14 +34,15 @@ def wheel(tmp_path_factory):
         yield archive
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+def test_the_wheel_holds_every_module_all_data_and_nothing_else(wheel):
     tree = {
         f"{inside}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in SOURCES.items()
-        for file in (ROOT / folder).rglob("*.py")
+        for kind in ("*.py", "*.yaml")
+        for file in (ROOT / folder).rglob(kind)
     }
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == tree | {"robbench/py.typed", "robbench/findings.yaml"}
+    assert packed == tree | {"robbench/py.typed"}
 
 
 def test_the_wheel_installs_the_command_and_the_licence(wheel):

@@ -18,7 +18,7 @@ from robbench.audit import is_diagnostic
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.records import Record, Store
-from robbench.runner import Part, Shared, merge, reason_of, shards
+from robbench.runner import Part, Shared, images_of, merge, reason_of, shards
 from robbench.tasks import (
     Outcome,
     Report,
@@ -68,7 +68,7 @@ def measure(
                 refused.append(record)
                 continue
             if store:
-                store.put(record)
+                store.put(record, images_of(collected) if record.status == "ok" else None)
             yield record
     asked_for = {cell.id for cell in cells if not is_diagnostic(cell)}
     if strict and refused and asked_for <= {record.id for record in refused}:

@@ -1,13 +1,18 @@
-"""Records: what running a cell left, raw, one JSON file each; and the folder they lie in."""
+"""Records: what running a cell left, raw, one JSON file each; and the folder they lie in.
+
+The images of an attack, where they are kept, are an .npz file beside the record.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +34,7 @@ from robbench.grid import Cell
 
 SCHEMA = 1
 LARGEST = 2**28  # bytes of one array
+LARGEST_IMAGES = 2**32  # bytes of all images of a record
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:
@@ -121,7 +127,7 @@ class Record(BaseModel):
 
 
 class Store:
-    """Records below a folder: records/DATASET/DEFENSE/ID.json."""
+    """Records below a folder: records/DATASET/DEFENSE/ID.json, and ID.npz where x' is kept."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -131,8 +137,13 @@ class Store:
         defense = _folder_name(cell.defense)
         return self.folder / _folder_name(cell.dataset) / defense / f"{cell.place[:20]}.json"
 
-    def get(self, cell: Cell) -> Record | None:
-        """The finished record of a cell; None where there is none or only a failed one."""
+    def get(self, cell: Cell, images: bool = False) -> Record | None:
+        """The finished record of a cell; None where there is none or only a failed one.
+
+        images: None also for a record whose x' is not beside it.
+        """
+        if images and not images_file(self.path(cell)).exists():
+            return None
         record = self._there(self.path(cell))
         return record if record and record.status == "ok" and record.id == cell.id else None
 
@@ -150,13 +161,20 @@ class Store:
             )
         return record
 
-    def put(self, record: Record) -> Path:
-        """Write under a temporary name and rename: a reader sees all of it or nothing."""
+    def put(self, record: Record, images: np.ndarray | None = None) -> Path:
+        """Write under a temporary name and rename: a reader sees all of it or nothing. images: x'
+        (N, C, H, W), written first; without them those of an older record go."""
         path = self.path(record.cell)
         self._there(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if images is None:
+                images_file(path).unlink(missing_ok=True)
+            else:
+                with temporary.open("wb") as file:
+                    np.savez_compressed(file, x=images)
+                temporary.replace(images_file(path))
             temporary.write_text(record.text())
             temporary.replace(path)
         except OSError as error:
@@ -192,8 +210,8 @@ def newest(records: Iterable[Record], alike: Callable[[Cell], Hashable]) -> list
     listed = list(records)
     latest: dict[Hashable, tuple[object, ...]] = {}
     for cell in (record.cell for record in listed):
-        latest[alike(cell)] = max(_versions(cell), latest.get(alike(cell), ()))
-    return [record for record in listed if _versions(record.cell) == latest[alike(record.cell)]]
+        latest[alike(cell)] = max(versions(cell), latest.get(alike(cell), ()))
+    return [record for record in listed if versions(record.cell) == latest[alike(record.cell)]]
 
 
 def without_versions(cell: Cell) -> Cell:
@@ -202,7 +220,8 @@ def without_versions(cell: Cell) -> Cell:
     return cell.model_copy(update={"defense_version": "", "attack_version": 0, "setting": setting})
 
 
-def _versions(cell: Cell) -> tuple[object, ...]:
+def versions(cell: Cell) -> tuple[object, ...]:
+    """Those of defense, attack and oracle, to be compared with others."""
     return (
         version_numbers(cell.defense_version),
         cell.attack_version,
@@ -221,6 +240,34 @@ def unwritable(folder: Path, error: OSError) -> InputError:
         f"cannot write to {folder}: {reason}; finished cells are kept - make room or choose"
         " another folder with --out, and run the same command again"
     )
+
+
+def images_file(path: Path) -> Path:
+    """Where the x' of the record at this path lies."""
+    return path.with_suffix(".npz")
+
+
+def images_digest(images: np.ndarray) -> str:
+    """SHA-256 of the little-endian float32 pixels, whatever they are compressed with."""
+    return hashlib.sha256(np.ascontiguousarray(images, dtype="<f4").data).hexdigest()
+
+
+def read_images(path: Path) -> np.ndarray:
+    """x' from its file, float32; InputError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as packed:  # it may come from a stranger
+            if (size := packed.getinfo("x.npy").file_size) > LARGEST_IMAGES:
+                raise ValueError(f"{size} bytes are not read")
+        with np.load(path, allow_pickle=False) as stored:
+            images: np.ndarray = stored["x"]
+        if images.dtype != np.float32:
+            raise ValueError(f"{images.dtype}, not float32")
+        return images
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        problem = str(error) or type(error).__name__
+        raise InputError(
+            f"the images {path} are broken ({problem}); delete them, or run the cell again"
+        ) from None
 
 
 def read(path: Path) -> Record | None:

@@ -32,7 +32,7 @@ from robbench.judge import SCORING_DRAWS, Outcome, Violation, check, check_trace
 from robbench.metered import within_limit
 from robbench.networks.bpda import declared_backwards
 from robbench.randomness import sandboxed
-from robbench.records import Record
+from robbench.records import Record, images_digest
 from robbench.threat import within
 from robbench.training import Progress, derive
 
@@ -57,6 +57,7 @@ class Shared:
     models: dict[str, Trained] = field(default_factory=dict)
     trained: dict[tuple[str, str, int], Trained] = field(default_factory=dict)
     clean: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
+    keep_images: bool = False  # whether parts carry the x' that the attack returned
 
     def dataset(self, name: str) -> Dataset:
         return self.given[name] if name in self.given else registry.dataset(name, self.data_dir)
@@ -98,6 +99,7 @@ class Part:
     trace: dict[str, np.ndarray] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    images: np.ndarray | None = None  # x' (N, C, H, W) float32, where they are kept
 
 
 def run_shard(
@@ -248,6 +250,8 @@ def _judge(
     cell, shard = part.cell, part.shard
     target = shared.deploy(cell.defense, shared.dataset(cell.dataset), cell.train_seed)
     lengths = check(adversarial, x, cell.threat, bounded=not minimal)
+    if shared.keep_images:
+        part.images = adversarial.detach().float().cpu().numpy()
     same = (adversarial == x).flatten(1).all(dim=1).cpu().numpy()
     if minimal:  # a point beyond ε is no success at this ε: the attacker hands in x itself
         inside = within(lengths, cell.threat)
@@ -298,6 +302,8 @@ def merge(parts: Sequence[Part], shared: Shared) -> Record:
         for key in ("forwards", "backwards", "queries")
     }
     cost["seconds"] = round(sum(part.cost["seconds"] for part in parts), 2)
+    if (images := images_of(parts)) is not None:
+        provenance["images"] = images_digest(images)
     return Record(
         id=cell.id,
         cell=cell,
@@ -311,6 +317,13 @@ def merge(parts: Sequence[Part], shared: Shared) -> Record:
         cost=cost,
         provenance=provenance,
     )
+
+
+def images_of(parts: Sequence[Part]) -> np.ndarray | None:
+    """The x' of a cell from all of its shards, (N, C, H, W); None where one has none."""
+    ordered = [part.images for part in sorted(parts, key=lambda part: part.shard)]
+    kept = [images for images in ordered if images is not None]
+    return np.concatenate(kept) if kept and len(kept) == len(ordered) else None
 
 
 def missing_training(cells: Sequence[Cell], shared: Shared) -> dict[str, tuple[str, str, int]]:

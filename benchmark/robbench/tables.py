@@ -340,12 +340,16 @@ def _rounded(value: float) -> float | None:
 
 def comma_separated(made: Sequence[Row]) -> str:
     """All rows as CSV, one header line."""
-    flattened = [flat(row) for row in made]
-    keys = list(dict.fromkeys(key for values in flattened for key in values))
+    return as_csv([flat(row) for row in made])
+
+
+def as_csv(lines: Sequence[Mapping[str, object]]) -> str:
+    """Plain values as CSV, one header line with all keys in the order of their first use."""
+    keys = list(dict.fromkeys(key for values in lines for key in values))
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flattened)
+    writer.writerows(lines)
     return text.getvalue()
 
 

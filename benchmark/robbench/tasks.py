@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from robbench.attacks import Configured
+from robbench.attacks.published import effective
 from robbench.attacks.suite import MEANS
 from robbench.defense import resolve
 from robbench.errors import InputError
@@ -105,15 +106,20 @@ def _training_weight(spec: str, images: int) -> float:
 
 
 def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
-    settings = Configured.of(cell.attack).settings
+    attack = Configured.of(cell.attack)
+    published = attack.entry.name.endswith(":as-published")
+    settings: Mapping[str, Any] = attack.settings
+    if published:
+        settings = effective(attack.entry.name, settings)
     steps = settings.get("steps") or settings.get("max_iter") or settings.get("n_queries") or 20
     if cell.source in shared.models:
         members = len(shared.models[cell.source].deployed.members)
     else:
         members = sum(part.size for part in resolve(cell.source))
     rounds = float(steps) if isinstance(steps, (int, float)) else 20.0
+    rounds *= settings.get("search", 1)  # of a constant, each as long
     if budget := settings.get("budget"):
-        rounds = MEANS[budget].steps * len(cell.stages(shared.models))  # type: ignore[index]
+        rounds = MEANS[budget].steps * len(cell.stages(shared.models))
     draws = EOT if cell.setting.eot == "auto" else cell.setting.eot
     return 3.0 * images * members * draws * rounds
 

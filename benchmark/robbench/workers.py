@@ -33,14 +33,20 @@ _reports: Any = None
 
 
 def _start_worker(
-    out: Path, data_dir: Path | None, device: str, given: dict[str, Any], reports: Any, folder: str
+    out: Path,
+    data_dir: Path | None,
+    device: str,
+    given: dict[str, Any],
+    keep_images: bool,
+    reports: Any,
+    folder: str,
 ) -> None:
     global _shared, _reports
     tempfile.tempdir = folder  # what a process leaves that is ended goes with the pool
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _shared = Shared(out, data_dir, choose_device(device), given)
+    _shared = Shared(out, data_dir, choose_device(device), given, keep_images=keep_images)
     _reports = reports
 
 
@@ -82,7 +88,7 @@ class _Pool:
         context = multiprocessing.get_context("spawn")
         self.reports = context.Queue()
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        data = (shared.out, shared.data_dir, str(shared.device), shared.given)
+        data = (shared.out, shared.data_dir, str(shared.device), shared.given, shared.keep_images)
         arguments = (*data, self.reports, self.folder.name)
         self.executor = ProcessPoolExecutor(workers, context, _start_worker, arguments)
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "audit": ("robbench.cli.auditing", "Say whether a number can be believed, and why not."),
     "train": ("robbench.cli.running", "Train a defense and keep its checkpoint."),
     "list": ("robbench.cli.showing", "List defenses, attacks, datasets or networks."),
+    "reproduce": ("robbench.cli.reproducing", "Measure a published table, claim or figure again."),
     "leaderboard": ("robbench.cli.showing", "Write the tables of a folder from its records."),
     "compare": ("robbench.cli.showing", "Compare two defenses, paired, with p-values."),
     "verify": ("robbench.cli.running", "Run a record again and say whether it holds."),

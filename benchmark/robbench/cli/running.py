@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     "--precision",
     help="Half an interval, such as 1%: with fewer images no number is called sound.",
 )
+@click.option("--keep-images", is_flag=True, help="Also write x', an .npz beside each record.")
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON on stdout, no progress.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the table.")
 @common
@@ -103,6 +104,7 @@ def run_command(**options: Any) -> None:
     from robbench.tables import rows
 
     shared = Shared(options["out"], options["data_dir"], choose_device(options["device"]))
+    shared.keep_images = options["keep_images"]
     asked = _cells(blocks, options)
     looked = probes(asked, lambda name: len(shared.dataset(name).test.y))
     cells = list({cell.id: cell for cell in (*asked, *looked)}.values())
@@ -112,7 +114,7 @@ def run_command(**options: Any) -> None:
             click.echo(f"left out: {reason}", err=True)
     store = Store(options["out"])
     store.check_writable()
-    known = {cell.id: store.get(cell) for cell in cells}
+    known = {cell.id: store.get(cell, images=shared.keep_images) for cell in cells}
     missing = [cell for cell in cells if known[cell.id] is None]
     if missing:
         check_installation()
@@ -385,6 +387,7 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     """
     check_installation()
     from robbench.cli.terminal import Console
+    from robbench.contributions import image_problems
     from robbench.environment import choose_device
     from robbench.executors import measure
     from robbench.grid import MODEL
@@ -404,6 +407,9 @@ def verify_command(record: Path, out: Path, data_dir: Path | None, device: str) 
     beside = record.resolve().parents[3] if len(record.resolve().parents) > 3 else out
     shared = Shared(beside, data_dir, choose_device(device))
     _check_identity(old.cell, shared)
+    if wrong := list(image_problems(record, old, shared.dataset(old.cell.dataset))):
+        click.echo(f"does not hold: {'; '.join(wrong)}")
+        click.get_current_context().exit(1)
     with Console().progress([old.cell], shared) as progress:
         new = next(measure([old.cell], None, shared, report=progress.report))
         progress.record(new)

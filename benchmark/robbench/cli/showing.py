@@ -47,7 +47,9 @@ def list_command(kind: str, name: str | None) -> None:
     show_default=True,
     help="Folder of records.",
 )
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page differs.")
+@click.option(
+    "--check", is_flag=True, help="Write nothing; exit 1 where a page or record is wrong."
+)
 @click.option(
     "--findings",
     "finding",
@@ -55,43 +57,55 @@ def list_command(kind: str, name: str | None) -> None:
     help="A page whose tables of published evaluations are written too (docs/findings.md).",
 )
 def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
-    """Write DATASET.md, DATASET.csv and DATASET.flags.json from the records below OUT."""
+    """Write DATASET.md, DATASET.csv and DATASET.flags.json from the records below OUT, and the
+    pages of papers that are there.
+
+    --check also says what is wrong with the records themselves (CONTRIBUTING.md).
+    """
     from robbench.audit import audit
     from robbench.boards import pages
-    from robbench.cli.running import write_board, write_page
+    from robbench.cli.running import write_page
+    from robbench.contributions import collect, problems
+    from robbench.contributions.pages import paper_pages
     from robbench.records import Store
 
     store = Store(out)
-    by_dataset: dict[str, list[Record]] = {}
-    for record in store.all():
-        by_dataset.setdefault(record.cell.dataset, []).append(record)
-    if not by_dataset:
+    if check:
+        found, wrong = collect(store)
+        if wrong := [*wrong, *problems(store, found)]:
+            click.echo("\n".join([*wrong, "pages are compared once the records are right"]))
+            click.get_current_context().exit(1)
+        records = list(found.values())
+    else:
+        records = list(store.all())
+    if not records:
         raise InputError(f"there are no records below {store.folder}; 'robbench run' writes some")
-    differing: list[str] = []
+    by_dataset: dict[str, list[Record]] = {}
+    for record in records:
+        by_dataset.setdefault(record.cell.dataset, []).append(record)
+    texts: dict[Path, str] = {}
     audits: dict[str, Audited] = {}
-    for dataset, records in by_dataset.items():
-        found = audit(records)
-        audits |= found
-        if not check:
-            write_board(store, dataset, records, found)
-            continue
-        for name, text in pages(dataset, records, found).items():
-            path = out / name
-            if not path.exists() or path.read_text() != text:
-                differing.append(str(path))
+    for dataset, beside in by_dataset.items():
+        audits |= (assessed := audit(beside))
+        texts |= {out / name: text for name, text in pages(dataset, beside, assessed).items()}
+    texts |= paper_pages(store, records, audits)
     if finding is not None:
         from robbench.findings import page
 
-        old = finding.read_text()
-        new = page(old, [each for records in by_dataset.values() for each in records], audits)
-        if check and new != old:
-            differing.append(str(finding))
-        elif not check:
-            write_page(finding, new)
-    if differing:
-        click.echo(f"not what the records say: {', '.join(differing)}; run 'robbench leaderboard'")
+        texts[finding] = page(finding.read_text(), records, audits)
+    if not check:
+        for path, text in texts.items():
+            write_page(path, text)
+    elif differing := [str(path) for path, text in texts.items() if _text(path) != text]:
+        names = ", ".join(differing)
+        click.echo(f"not what the records say: {names}; run 'robbench leaderboard'")
         click.get_current_context().exit(1)
     click.echo(f"{'checked' if check else 'wrote'} {', '.join(by_dataset)} in {out}")
+
+
+def _text(path: Path) -> str | None:
+    """What a page says now; None where there is none."""
+    return path.read_text(errors="replace") if path.exists() else None
 
 
 @click.command("compare")

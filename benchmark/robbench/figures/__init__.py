@@ -1,0 +1,126 @@
+"""Figures of the papers: data first, as CSV, and the plot from that data alone.
+
+A drawing has three functions: the bindings of the cells that it needs (none for what it computes
+itself), the rows of its data, and the plot of such rows. A module per subject registers them;
+papers' YAML files name them with their arguments.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from robbench.errors import InputError
+from robbench.papers.cells import shrunk
+from robbench.papers.paper import Binding, Number, Paper, Scale
+from robbench.papers.reproduction import Known, Line, Reproduction
+from robbench.registry import Registry
+from robbench.runner import Shared
+from robbench.tables import as_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+Rows = Sequence[Mapping[str, Any]]
+Series = dict[str, tuple[list[float], list[float]]]
+COLUMN = 3.4  # inches: the width of a column in print
+# Okabe and Ito: told apart by the colour-blind, and in grey by their order of brightness
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@dataclass
+class Sources:
+    """What a drawing may look at."""
+
+    reproduction: Reproduction
+    known: Known
+    shared: Shared
+
+    @property
+    def paper(self) -> Paper:
+        return self.reproduction.paper
+
+    @property
+    def scale(self) -> Scale:
+        return self.reproduction.overlay
+
+    def line(self, fields: Mapping[str, Any]) -> Line:
+        """What the records say of a binding; InputError where they do not say it yet."""
+        binding = Binding(**fields)
+        number = Number(binding.model_dump_json(exclude_defaults=True), (), "", None, binding)
+        found = self.reproduction.line(number, "percent", self.known)
+        if found.measure is None:
+            raise InputError(f"{binding.defense}, {binding.attack}: {found.why}")
+        return found
+
+    def defense(self, text: str, dataset: str) -> str:
+        """The canonical spec of a defense of the paper at this scale."""
+        return shrunk(text, dataset, self.scale)
+
+    def dataset(self, name: str) -> Any:
+        """The dataset that stands for one of the paper's."""
+        return self.shared.dataset(self.scale.datasets.get(name, name))
+
+
+class Drawing(NamedTuple):
+    """bindings: of the cells behind the data; data: its rows; plot: of these rows alone."""
+
+    bindings: Callable[[Mapping[str, Any]], list[Mapping[str, Any]]]
+    data: Callable[[Sources, Mapping[str, Any]], Rows]
+    plot: Callable[[Rows, Mapping[str, Any]], Canvas]
+
+
+drawings: Registry[Drawing] = Registry("drawing", "robbench.figures")
+
+
+def write(path: Path, rows: Rows) -> None:
+    """The data of a figure as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_csv(rows), encoding="utf-8")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The data of a figure as it is plotted: text in every cell."""
+    if not path.exists():
+        raise InputError(f"not drawn yet: {path.name} is missing")
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_series(path: Path) -> Series:
+    """The curves of a figure whose data has the columns series, x and y."""
+    found: Series = {}
+    for row in read(path):
+        if not {"series", "x", "y"} <= row.keys():
+            raise InputError(f"{path.name} has no curves: its columns are {', '.join(row)}")
+        x, y = found.setdefault(row["series"], ([], []))
+        x.append(float(row["x"]))
+        y.append(float(row["y"]))
+    return found
+
+
+def save(canvas: Canvas, stem: Path) -> list[Path]:
+    """SVG and PNG of a plot, the same bytes for the same data."""
+    import matplotlib
+
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+    with matplotlib.rc_context({"svg.hashsalt": "robbench", "svg.fonttype": "none"}):
+        canvas.savefig(files[0], metadata={"Date": None}, bbox_inches="tight")
+        canvas.savefig(files[1], metadata={"Software": None}, dpi=200, bbox_inches="tight")
+    return files
+
+
+def canvas(width: float = COLUMN, height: float = 2.6, **subplots: Any) -> tuple[Canvas, Any]:
+    """A figure with its axes, drawn without a display. Arguments of `subplots` of matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Made
+    except ImportError:
+        raise InputError("figures need matplotlib; write pip install 'robbench[figures]'") from None
+    made = Made(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made, made.subplots(**subplots)

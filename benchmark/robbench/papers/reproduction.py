@@ -1,0 +1,196 @@
+"""The measured side of a paper at one scale: which cells it needs, and what their records say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from robbench.audit import Audited, audit, badge
+from robbench.audit.case import parts_of
+from robbench.datasets import Dataset
+from robbench.defense import resolve
+from robbench.errors import InputError
+from robbench.grid import Cell
+from robbench.metrics import Measure, outcomes
+from robbench.papers.cells import cell_of, shrunk, strongest_of
+from robbench.papers.costs import cost_key
+from robbench.papers.derived import bindings_of, measured, size_of, value_of
+from robbench.papers.paper import Binding, Number, Paper, Scale
+from robbench.records import Record
+from robbench.siblings import network_of
+from robbench.tables import with_interval
+
+SHARES = ("percent", "AUC x 1e-2")  # units whose numbers are printed a hundred times as large
+
+
+class Line(NamedTuple):
+    """A printed number beside what was measured for it."""
+
+    number: Number
+    unit: str | None
+    cells: tuple[Cell, ...]
+    measure: Measure | None
+    why: str  # where there is no measure
+    records: tuple[Record, ...] = ()
+    strongest: Record | None = None
+    audited: Audited | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What the attacks on these cells took."""
+        return sum(record.cost.get("seconds", 0.0) for record in self.records)
+
+
+@dataclass
+class Reproduction:
+    """A paper at a scale. load: a dataset by its name; costs: what was measured, by `cost_key`."""
+
+    paper: Paper
+    scale: str
+    load: Callable[[str], Dataset]
+    costs: Mapping[str, Measure] = field(default_factory=dict)
+    _cells: dict[str, list[Cell]] = field(default_factory=dict)  # by binding: specs take a while
+    _suites: dict[str, Cell | None] = field(default_factory=dict)
+
+    @property
+    def overlay(self) -> Scale:
+        if self.scale not in self.paper.scales:
+            known = ", ".join(self.paper.scales)
+            raise InputError(f"{self.paper.key} has no scale {self.scale}; write {known}")
+        return self.paper.scales[self.scale]  # type: ignore[index]
+
+    def cells_of(self, binding: Binding) -> list[Cell]:
+        """The cells behind a binding; none for what is not measured by attacks."""
+        key = binding.model_dump_json(exclude={"measure", "source"})
+        if key not in self._cells:
+            size = 1
+            if binding.kind == "derived":
+                assert binding.defense and binding.dataset
+                size = size_of(shrunk(binding.defense, binding.dataset, self.overlay))
+            found = bindings_of(binding, size)
+            self._cells[key] = [cell_of(each, self.overlay, self.load) for each in found]
+        return self._cells[key]
+
+    def plan(self, numbers: Sequence[Number]) -> list[Cell]:
+        """All cells that these numbers need, the strongest attacks beside them last."""
+        cells: dict[str, Cell] = {}
+        beside: dict[str, Cell] = {}
+        for number in numbers:
+            for cell in self.cells_of(number.binding):
+                cells.setdefault(cell.id, cell)
+                if suite := self.strongest(number.binding, cell):
+                    beside.setdefault(suite.id, suite)
+        return list({**cells, **beside}.values())
+
+    def strongest(self, binding: Binding, cell: Cell) -> Cell | None:
+        """The suite beside one cell of a number, where the number is an accuracy under attack."""
+        under_attack = binding.kind == "cell" and not binding.measure.startswith("clean")
+        if not under_attack or cell.threat.target != "none" and cell.setting.kind == "transfer":
+            return None
+        key = repr(threat_of(cell)) + str(binding.eps == "any")
+        if key not in self._suites:
+            bound = binding.eps != "any"
+            self._suites[key] = strongest_of(cell, self.overlay, self.load, bound)
+        return self._suites[key]
+
+    def line(self, number: Number, unit: str | None, known: Known) -> Line:
+        """One number beside what the records say."""
+        binding = number.binding
+        if binding.kind == "cost":
+            measure = self.costs.get(cost_key(binding, self.overlay))
+            return Line(number, unit, (), measure, "" if measure else "not measured")
+        if binding.kind in ("quoted", "text"):
+            said = f"quoted: {binding.source}" if binding.kind == "quoted" else binding.source
+            return Line(number, unit, (), None, str(said))
+        cells = tuple(self.cells_of(binding))
+        found = tuple(known.records[cell.id] for cell in cells if cell.id in known.records)
+        if len(found) < len(cells):
+            return Line(number, unit, cells, None, "not measured", found)
+        try:
+            measure = value_of(binding, found)
+        except InputError as error:
+            return Line(number, unit, cells, None, str(error), found)
+        line = Line(number, unit, cells, measure, "", found)
+        if binding.kind != "cell" or binding.measure.startswith("clean"):
+            return line  # no attack on one defense, no verdict on it
+        if self.strongest(binding, cells[0]):
+            line = line._replace(strongest=known.weakest.get(threat_of(cells[0])))
+        return line._replace(audited=known.audits.get(cells[0].id))
+
+
+class Known(NamedTuple):
+    """What has been measured so far: finished records by cell id, what the checks say of them, and
+    of every defense and threat the record of the lowest accuracy."""
+
+    records: Mapping[str, Record]
+    audits: Mapping[str, Audited]
+    weakest: Mapping[tuple[object, ...], Record]
+
+    @classmethod
+    def of(cls, records: Sequence[Record], least: int) -> Known:
+        """least: images of a record that may stand as the strongest attack."""
+        finished = {record.id: record for record in records if record.status == "ok"}
+        audits: dict[str, Audited] = {}
+        for dataset in dict.fromkeys(record.cell.dataset for record in records):
+            audits |= audit([record for record in records if record.cell.dataset == dataset])
+        return cls(finished, audits, by_threat(records, least))
+
+
+def threat_of(cell: Cell) -> tuple[object, ...]:
+    """What two cells share whose accuracies bound the same robustness."""
+    plain = cell.threat.model_copy(update={"target": "none"})
+    return cell.dataset, cell.data, cell.defense, cell.defense_version, plain, cell.train_seed
+
+
+def by_threat(records: Sequence[Record], least: int) -> dict[tuple[object, ...], Record]:
+    """Of every defense and threat the record of the lowest accuracy, on `least` images or more, of
+    attackers who do not need a target."""
+    found: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        if record.status != "ok" or record.cell.n < least or record.cell.threat.goal != "error":
+            continue
+        key = threat_of(record.cell)
+        if key not in found or outcomes(record).mean() < outcomes(found[key]).mean():
+            found[key] = record
+    return found
+
+
+def shown_value(measure: Measure, unit: str | None) -> str:
+    """A number with its interval in the unit of its table."""
+    if unit in SHARES:
+        return with_interval(measure).replace(" ()", "")
+    low, high = measure.interval
+    value = f"{measure.value:.4g}" if measure.value == measure.value else "n.a."
+    return f"{value} ({low:.4g}–{high:.4g})" if low == low else value
+
+
+def shown_strongest(line: Line) -> str:
+    """The lowest accuracy that any attack left, with the attack."""
+    if line.strongest is None:
+        return ""
+    record = line.strongest
+    return f"{with_interval(measured(record, 'accuracy'))} {record.cell.attack}"
+
+
+def verdict(line: Line) -> str:
+    """The badge of the attack that the paper used, or why there is no number."""
+    if line.measure is None:
+        return line.why
+    return badge(line.audited) if line.audited else ""
+
+
+def made_of(cell: Cell) -> tuple[str, str]:
+    """Networks with the number of their members, and the epochs, of a cell's defense."""
+    parts = parts_of(cell.defense)
+    networks = ", ".join(
+        f"{part.size} × {network_of(part)}" if part.size > 1 else network_of(part) for part in parts
+    )
+    return networks, ", ".join(_epochs(part.spec) for part in parts)
+
+
+def _epochs(spec: object) -> str:
+    (part,) = resolve(spec)  # type: ignore[arg-type]
+    below = [_epochs(base.spec) for base in part.bases()]
+    own = [str(part.epochs)] if part.epochs else []
+    return " + ".join([*below, *own])

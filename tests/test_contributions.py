@@ -1,0 +1,362 @@
+"""Contributed records: every defect that can be planted makes its one line, and the tree none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robbench import registry
+from robbench.cli import main
+from robbench.contributions import collect, problems
+from robbench.datasets import DATASETS
+from robbench.datasets.described import FACTS, described
+from robbench.records import Record, Store, images_digest, images_file, read, read_images
+
+COMMITTED = Path(__file__).parent.parent / "leaderboards"
+OTHER = "0" * 64
+DEFENSE = "standard(epochs=1)"
+GRID = f"""
+defense: {DEFENSE}
+grid:
+  - {{attack: [pgd(steps=2), fgsm], n: 300, eps: [0.1, 0.2]}}
+  - {{attack: deepfool, n: 20, eps: 0.1}}
+  - {{attack: single-pixel, n: 20, norm: l0, eps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder of records with their images, some in two shards, made by a process of their own."""
+    out = tmp_path_factory.mktemp("measured") / "leaderboards"
+    grid = out.parent / "grid.yaml"
+    grid.write_text(GRID)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBBENCH_CACHE", str(out))
+        process = ["--workers", "1", "--timeout", "600"]
+        with pytest.raises(SystemExit) as left:
+            main(["run", "--grid", str(grid), *process, "--keep-images", "-q", "--out", str(out)])
+    assert not left.value.code
+    return out
+
+
+@pytest.fixture
+def folder(measured, tmp_path):
+    return Path(shutil.copytree(measured, tmp_path / "leaderboards"))
+
+
+def lines_of(folder):
+    store = Store(folder)
+    found, lines = collect(store)
+    return lines + problems(store, found)
+
+
+def record_of(folder, attack):
+    """The first record of an attack, and its file."""
+    found, _ = collect(Store(folder))
+    return next(each for each in found.items() if each[1].cell.attack.startswith(attack))
+
+
+def put(folder, record, images=None):
+    """Write a record as a forger would, with the id and the file of its cell."""
+    record = record.model_copy(update={"id": record.cell.id})
+    path = Store(folder).path(record.cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record.text())
+    if images is not None:
+        with images_file(path).open("wb") as file:
+            np.savez_compressed(file, x=images)
+
+
+def forged(folder, attack, **changes):
+    """Replace a record by one with changes, without its images."""
+    path, record = record_of(folder, attack)
+    path.unlink()
+    images_file(path).unlink()
+    provenance = {**record.provenance, **changes.pop("provenance", {})}
+    provenance = {key: value for key, value in provenance.items() if value is not None}
+    put(folder, record.model_copy(update={"provenance": provenance, **changes}))
+
+
+def cell_with(folder, attack, changes):
+    """The cell of a record with changes, those of threat and setting in dicts."""
+    cell = record_of(folder, attack)[1].cell
+    for part in ("threat", "setting"):
+        if part in changes:
+            changes[part] = getattr(cell, part).model_copy(update=changes[part])
+    return cell.model_copy(update=changes)
+
+
+def with_cell(provenance=None, **changes):
+    def plant(folder):
+        forged(folder, "pgd", cell=cell_with(folder, "pgd", changes), provenance=provenance or {})
+
+    return plant
+
+
+def with_array(attack, **changes):
+    """changes: array -> function of (record) -> values."""
+
+    def plant(folder):
+        record = record_of(folder, attack)[1]
+        forged(folder, attack, **{name: change(record) for name, change in changes.items()})
+
+    return plant
+
+
+def edited(name, where, value):
+    """The array of a record with one value at the first image where a condition holds."""
+
+    def change(record):
+        values = getattr(record, name).copy()
+        values[np.flatnonzero(where(record))[0]] = value
+        return values
+
+    return change
+
+
+def moved(record):
+    return (record.distance > 0) & (record.clean_ok == 1)
+
+
+def broken(record):
+    return moved(record) & (record.ok != record.clean_ok) & (record.distance < 0.1)
+
+
+def beyond(record):
+    return record.distance > 0.11
+
+
+def with_provenance(**changes):
+    return lambda folder: forged(folder, "pgd", provenance=changes)
+
+
+def with_file(change):
+    return lambda folder: change(record_of(folder, "pgd")[0])
+
+
+def another_place(path):
+    path.rename(path.with_name("0" * 20 + ".json"))
+    images_file(path).rename(images_file(path).with_name("0" * 20 + ".npz"))
+
+
+def edited_text(**changes):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def damaged_checkpoint(folder):
+    path = next((folder / "checkpoints").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def lonely_checkpoint(folder):
+    next((folder / "checkpoints").glob("*.json")).unlink()
+
+
+def failed_without_reason(folder):
+    record = record_of(folder, "pgd")[1]
+    forged(folder, "pgd", **vars(Record(id=record.id, cell=record.cell, status="failed")) | {
+        "provenance": record.provenance})  # fmt: skip
+
+
+def failed_in_front(folder):
+    record = record_of(folder, "pgd")[1]
+    failed = Record(
+        id=record.id, cell=record.cell, status="failed", reason="?", provenance=record.provenance
+    )
+    forged(folder, "pgd", cell=cell_with(folder, "pgd", {"attack_version": 1}))
+    put(folder, failed)
+
+
+def with_images(change, known=True):
+    """The images of a record after a change, and what the record knows of them."""
+
+    def plant(folder):
+        path, record = record_of(folder, "deepfool")
+        images = change(read_images(images_file(path)).copy())
+        digest = images_digest(images) if known else OTHER
+        put(
+            folder,
+            record.model_copy(update={"provenance": {**record.provenance, "images": digest}}),
+            images,
+        )
+
+    return plant
+
+
+def set_to(value):
+    def change(images):
+        images[3, 0, 4, 4] = value
+        return images
+
+    return change
+
+
+PLANTED = {
+    "broken": (with_file(lambda path: path.write_text("{")), "is broken"),
+    "schema": (with_file(edited_text(schema_version=0)), "another schema version"),
+    "id": (with_file(edited_text(id=OTHER)), "its id is not that of its cell"),
+    "place": (with_file(another_place), "move it there"),
+    "no record": (
+        with_file(lambda path: path.with_name("notes.txt").write_text("")), "to no record"
+    ),
+    "unknown defense": (with_cell(defense="nothing"), "unknown defense"),
+    "not canonical": (with_cell(defense="standard( epochs=1)"), "its defense is"),
+    "unknown setting": (with_cell(attack="pgd(stepps=2)"), "unknown setting of attack pgd"),
+    "model": (with_cell(defense="model:mine"), "nobody else has model:mine"),
+    "norm": (with_cell(threat={"norm": "l0", "eps": 1}), "cannot do the norm l0"),
+    "no eps": (with_cell(threat={"eps": None}), "has no ε"),
+    "eot": (with_cell(setting={"eot": 5}), "its setting is"),
+    "adaptive": (with_cell(setting={"kind": "adaptive"}), "its adaptive cell equals whitebox"),
+    "suite": (with_cell(setting={"suite": "0"}), "its suite is"),
+    "defense version": (with_cell(defense_version="99"), "version of the defense is newer"),
+    "attack version": (with_cell(attack_version=99), "version of the attack is newer"),
+    "oracle version": (
+        with_cell(setting={"oracle_version": "99"}), "version of the oracle is newer"
+    ),
+    "data": (with_cell(data="0" * 16), "not the start of its dataset_hash"),
+    "other data": (
+        with_cell(data="0" * 16, provenance={"dataset_hash": OTHER}), "has another hash"
+    ),
+    "subset": (with_provenance(subset_hash=OTHER), "its subset_hash is not"),
+    "clean outcome": (
+        with_array("pgd", clean_ok=edited("clean_ok", moved, 0),
+                   clean_best=edited("clean_best", moved, 0)), "its clean outcome is not"
+    ),
+    "eps": (with_array("pgd", distance=edited("distance", moved, 0.25)), "farther than ε"),
+    "nan": (with_array("pgd", distance=edited("distance", moved, np.nan)), "is no length"),
+    "negative": (with_array("pgd", distance=edited("distance", moved, -1)), "is no length"),
+    "box": (with_array("deepfool", distance=edited("distance", beyond, 1.5)), "in the box"),
+    "beyond eps": (
+        with_array("deepfool", distance=edited("distance", broken, 0.5)), "judged in two ways"
+    ),
+    "pixels": (
+        with_array("single-pixel", distance=edited("distance", lambda r: r.distance == 1, 0.5)),
+        "no number of pixels",
+    ),
+    "unchanged": (
+        with_array("pgd", distance=edited("distance", moved, 0)), "unchanged contradicts"
+    ),
+    "trace": (
+        with_array("pgd", trace=lambda record: {"loss": record.trace["loss"]}), "'unchanged'"
+    ),
+    "best": (with_array("pgd", best=edited("best", lambda r: r.ok == 1, 0)), "best does not fit"),
+    "draws": (with_array("pgd", draws=lambda record: 20), "20 scoring draws"),
+    "cost": (with_array("pgd", cost=lambda record: {"forwards": 1.0}), "cost is not complete"),
+    "negative cost": (
+        with_array("pgd", cost=lambda record: {**record.cost, "seconds": -1.0}), "seconds: Input"
+    ),
+    "no subset": (with_provenance(subset_hash=None), "subset_hash: Field required"),
+    "no weights": (with_provenance(weights=None), "weights or oracle_weights is missing"),
+    "no version of torch": (with_provenance(versions={"numpy": "2"}), "versions lacks torch"),
+    "weights": (with_provenance(weights=[OTHER]), "its weights are not those in"),
+    "two weights": (with_provenance(weights=[OTHER] * 2), "2 weights for 1 checkpoints"),
+    "checkpoints": (with_provenance(checkpoints=[OTHER]), "its checkpoints are not the keys"),
+    "oracle": (with_provenance(oracle_checkpoints=[OTHER]), "oracle_checkpoints are not"),
+    "damaged checkpoint": (damaged_checkpoint, "the checkpoint is broken"),
+    "lonely checkpoint": (lonely_checkpoint, "the recipe"),
+    "no reason": (failed_without_reason, "failed without a reason"),
+    "failed in front": (failed_in_front, "hides"),
+    "other images": (with_images(set_to(0.5), known=False), "SHA-256"),
+    "images out of the box": (with_images(set_to(1.5)), "not within the box"),
+    "moved images": (with_images(set_to(0.987)), "other distances than the record in image 3"),
+    "few images": (with_images(lambda images: images[1:]), "has the shape (19, 1, 8, 8)"),
+    "flat images": (with_images(lambda images: images[:, :, :4]), "not (20, 1, 8, 8)"),
+    "broken images": (
+        with_file(lambda path: images_file(path).write_bytes(b"PK")), "are broken"
+    ),
+    "unknown images": (
+        with_file(lambda path: shutil.copy(images_file(path), path.with_name("a.npz"))),
+        "a.npz: it belongs to no record",
+    ),
+}  # fmt: skip
+
+
+def test_what_run_wrote_has_no_problem(measured):
+    assert lines_of(measured) == []
+
+
+@pytest.mark.parametrize(("plant", "words"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_defect_makes_its_line_and_no_other(plant, words, folder):
+    plant(folder)
+    (line,) = lines_of(folder)
+    assert words in line and str(folder) in line and "; " in line
+
+
+def test_the_images_of_all_shards_lie_beside_the_record(measured):
+    path, record = record_of(measured, "pgd")
+    images = read_images(images_file(path))
+    assert images.shape == (300, 1, 8, 8)
+    assert record.provenance["images"] == images_digest(images)
+
+
+def test_images_go_where_the_cell_is_run_again_without_them(folder):
+    path, record = record_of(folder, "fgsm")
+    Store(folder).put(record)
+    assert not images_file(path).exists() and path.exists()
+    assert Store(folder).get(record.cell) and not Store(folder).get(record.cell, images=True)
+
+
+def test_verify_looks_at_the_images_first(robbench, folder):
+    with_images(set_to(0.987))(folder)
+    code, out, _ = robbench("verify", record_of(folder, "deepfool")[0])
+    assert code == 1 and "does not hold" in out and "other distances" in out
+
+
+def test_data_that_are_not_here_are_held_against_the_other_records(tmp_path):
+    folder = tmp_path / "leaderboards"
+    store = Store(COMMITTED)
+    whole = (record for record in store.all("mnist") if record.cell.n == 200)
+    first, *others = islice(whole, 4)
+    for record in (first, *others):
+        Store(folder).put(record)
+    assert lines_of(folder) == []
+    provenance = {**first.provenance, "subset_hash": OTHER}
+    Store(folder).put(first.model_copy(update={"provenance": provenance}))
+    (line,) = lines_of(folder)
+    assert "its subset_hash is not that of the other records" in line
+
+
+def test_the_committed_records_have_no_problem():
+    store = Store(COMMITTED)  # a part of them: `.ci/run` looks at all
+    found = {path: read(path) for path in sorted(store.folder.rglob("*.json"))[::12]}
+    assert problems(store, found) == []
+
+
+def test_check_names_everything_that_is_wrong(robbench, folder):
+    assert robbench("leaderboard", "--check", "--out", folder)[0] == 0
+    forged(folder, "single-pixel", cost={"forwards": 1.0})  # no page can be made of it
+    for attack in ("pgd", "fgsm"):
+        record_of(folder, attack)[0].write_text("{")
+    damaged_checkpoint(folder)
+    code, out, _ = robbench("leaderboard", "--check", "--out", folder)
+    *lines, last = out.splitlines()
+    assert code == 1 and last == "pages are compared once the records are right"
+    assert sorted("is broken" in line for line in lines) == [False, True, True, True]
+
+
+def test_pages_of_papers_are_checked_and_written_without_their_data(robbench, folder, monkeypatch):
+    page = folder / "papers" / "enresnet.cpu.md"
+    page.parent.mkdir()
+    page.write_text("edited")
+    monkeypatch.setenv("ROBBENCH_DATA", str(folder / "nowhere"))
+    code, out, _ = robbench("leaderboard", "--check", "--out", folder)
+    assert code == 1 and str(page) in out and page.read_text() == "edited"
+    assert robbench("leaderboard", "--out", folder)[0] == 0
+    assert "not measured" in page.read_text()
+    assert robbench("leaderboard", "--check", "--out", folder)[0] == 0
+
+
+def test_every_dataset_can_be_described():
+    assert FACTS.keys() == DATASETS.keys()
+    digits = registry.dataset("digits")
+    made = described("digits", digits.hash)
+    for name in ("shape", "hash", "labels", "eps", "control"):
+        assert getattr(made, name) == getattr(digits, name)
+    assert len(made.test.y) == len(digits.test.y)
+    with pytest.raises(Exception, match="has 500 images"):
+        made.subset(501)
