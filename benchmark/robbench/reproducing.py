@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robbench import figures, registry
 from robbench.audit.planning import probes
 from robbench.checkpoints import Shelf, key_of
@@ -103,21 +105,50 @@ class Part:
             self.costs[cost_key(binding, overlay)] = Measure(value, UNKNOWN)
             write_costs(self.costs_file, self.costs)
 
-    def draw(self, shared: Shared) -> list[Path]:
-        """The figures of the part as CSV, SVG and PNG. What is computed for a figure alone is kept:
-        its CSV is the measurement, and is not made again while it is there."""
-        written = []
+    def draw(self, shared: Shared) -> list[str]:
+        """The figures of the part as CSV, SVG and PNG; why one could not be drawn. What is computed
+        for a figure alone is kept: its CSV is the measurement, not made again while it is there."""
+        failed = []
         known = known_of(self) if self.figures else None
         for name, figure in self.figures.items():
-            drawing = figures.drawings.get(str(figure.draw))
-            file = self.folder / f"{name}.{self.scale}.csv"
+            drawing, file = figures.drawings.get(str(figure.draw)), self.data_of(name)
             assert known is not None
-            if drawing.bindings(figure.arguments) or not file.exists():
+            try:
+                if drawing.bindings(figure.arguments) or not file.exists():
+                    sources = figures.Sources(self.reproduction, known, shared)
+                    figures.write(file, drawing.data(sources, figure.arguments))
+                plot = drawing.plot(figures.read(file), figure.arguments)
+            except InputError as error:
+                failed.append(f"{name} is not drawn: {error}")
+                continue
+            figures.caption(plot, self._stands_for(figure))
+            figures.save(plot, file.with_suffix(""))
+        return failed
+
+    def data_of(self, figure: str) -> Path:
+        """The CSV of a figure."""
+        return self.folder / f"{figure}.{self.scale}.csv"
+
+    def figure_data(self, known: Known) -> dict[Path, str]:
+        """The CSVs that records alone decide, of the figures that are drawn already."""
+        shared = Shared(self.out, None, torch.device("cpu"))  # nothing is deployed by it
+        found = {}
+        for name, figure in self.figures.items():
+            drawing, file = figures.drawings.get(str(figure.draw)), self.data_of(name)
+            if file.exists() and drawing.bindings(figure.arguments):
                 sources = figures.Sources(self.reproduction, known, shared)
-                figures.write(file, drawing.data(sources, figure.arguments))
-            plot = drawing.plot(figures.read(file), figure.arguments)
-            written += [file, *figures.save(plot, file.with_suffix(""))]
-        return written
+                found[file] = as_csv(drawing.data(sources, figure.arguments))
+        return found
+
+    def _stands_for(self, figure: Figure) -> str:
+        """What the figure was measured on, where that is not what the paper names."""
+        overlay, named = self.reproduction.overlay, str(figure.arguments)
+        stands: dict[str, list[str]] = {}
+        for published, there in (*overlay.datasets.items(), *overlay.networks.items()):
+            if published in named:
+                stands.setdefault(there, []).append(published)
+        said = [f"{there} for {' and '.join(names)}" for there, names in stands.items()]
+        return f"scale {self.scale}: {', '.join(said)}" if said else ""
 
     def lines(self, known: Known) -> dict[str, list[Line]]:
         """The tables of the part."""
@@ -153,7 +184,7 @@ class Part:
 
     def series(self, figure: str) -> dict[str, tuple[list[float], list[float]]]:
         """The curves of a figure from the data beside it."""
-        return figures.read_series(self.folder / f"{figure}.{self.scale}.csv")
+        return figures.read_series(self.data_of(figure))
 
     @property
     def folder(self) -> Path:
@@ -233,7 +264,7 @@ def _drawn(part: Part) -> str:
 
 
 def page_files(part: Part, known: Known) -> dict[Path, str]:
-    """The page and the CSV of a whole paper at a scale, as they must be for these records."""
+    """The page and the CSVs of a whole paper at a scale, as they must be for these records."""
     stem = part.out / "papers" / f"{part.paper.key}.{part.scale}"
     tables, judged = part.lines(known), part.judged(known)
     flat = [pages.flat(part.paper, part.scale, line) for lines in tables.values() for line in lines]
@@ -242,6 +273,7 @@ def page_files(part: Part, known: Known) -> dict[Path, str]:
     return {
         stem.with_name(f"{stem.name}.md"): text,
         stem.with_name(f"{stem.name}.csv"): as_csv(flat),
+        **part.figure_data(known),
     }
 
 

@@ -89,7 +89,9 @@ def _run(part: Part, store: Store, shared: Shared, options: dict[str, Any]) -> b
     for record in measured(missing, store, shared, {**options, "as_json": False}, False):
         failed |= record.status != "ok"
     part.measure_costs(shared)
-    part.draw(shared)
+    for problem in part.draw(shared):
+        click.echo(problem, err=True)
+        failed = True
     if part.part is None:
         write_pages(part)
     return failed

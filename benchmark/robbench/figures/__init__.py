@@ -8,6 +8,7 @@ papers' YAML files name them with their arguments.
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,14 @@ def read_series(path: Path) -> Series:
         x.append(float(row["x"]))
         y.append(float(row["y"]))
     return found
+
+
+def caption(canvas: Canvas, text: str) -> None:
+    """A line above a plot that says what it was measured on."""
+    if text:
+        width = int(canvas.get_figwidth() * 22)  # signs of this size
+        filled = textwrap.fill(text, width)
+        canvas.text(0.5, 1.01, filled, ha="center", va="bottom", fontsize=6, color="0.35")
 
 
 def save(canvas: Canvas, stem: Path) -> list[Path]:

@@ -295,7 +295,8 @@ def page(
     for name, lines in tables.items():
         table = paper.tables[name]
         parts += [f"## {name}: {table.title}", f"{_unit(table).capitalize()}."]
-        parts += [f"- {note}" for note in table.notes]
+        if table.notes:
+            parts.append("\n".join(f"- {note}" for note in table.notes))
         parts.append(markdown_table(table, lines))
     if judged:
         parts += ["## Claims of the text", summary(judged), claims_table(judged)]
@@ -312,7 +313,7 @@ def _figures(paper: Paper, scale: str, figures: Mapping[str, Figure]) -> Iterato
         file = f"{paper.key}/{name}.{scale}"
         yield f"**{name}**: {figure.shows}. [Data]({file}.csv), [SVG]({file}.svg)."
         yield f"![{figure.shows}]({file}.png)"
-        yield from (f"- {note}" for note in figure.notes)
+        yield "\n".join(f"- {note}" for note in figure.notes)
 
 
 def _hours(seconds: float) -> str:
