@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from robbench import datasets, figures
 from robbench.errors import InputError
 from robbench.figures import diffusion, features, planes
+from robbench.figures import toy as toys
 from robbench.papers.paper import Paper, Scale
 from robbench.papers.reproduction import Known, Reproduction
 from robbench.runner import Shared
@@ -252,12 +253,12 @@ def test_no_nearer_point_of_the_other_domain_does(made):
 
 def test_full_batch_steps_of_the_toy_are_those_of_gradient_descent():
     """One step of the MMC loss, whose gradient by the last layer is known in closed form."""
-    toy = planes.Toy(points=30, batches=(30,), steps=2)
+    toy = toys.Toy(points=30, batches=(30,), steps=2)
     defense = toy.losses["MMC loss"]
-    found, y = planes.follow(toy, defense, 30, seed=3)
+    found, y = toys.follow(toy, defense, 30, seed=3)
     torch.manual_seed(3)
-    member = defense.prepare(planes.Plane(toy.hidden, toy.labels))
-    x, _ = planes.clouds(toy, torch.Generator().manual_seed(3))
+    member = defense.prepare(toys.Plane(toy.hidden, toy.labels))
+    x, _ = toys.clouds(toy, torch.Generator().manual_seed(3))
     hidden = member.features(x)
     z = member.readout.embed(hidden)
     assert torch.equal(found[0].features, z.detach())
