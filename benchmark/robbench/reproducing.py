@@ -27,7 +27,7 @@ from robbench.papers import pages
 from robbench.papers.costs import cost_key, measure_cost, read_costs, write_costs
 from robbench.papers.derived import UNKNOWN
 from robbench.papers.paper import SCALES, Binding, Figure, Number, Paper, keys, select
-from robbench.papers.reproduction import Known, Line, Reproduction
+from robbench.papers.reproduction import CLAIMED, Known, Line, Reproduction
 from robbench.records import Record, Store
 from robbench.runner import Shared
 from robbench.tables import as_csv
@@ -70,7 +70,7 @@ class Part:
         if self.claimed:
             referred = set(spoken.paths(self.paper))
             for number in (*self.paper.numbers(), *spoken.counterparts(self.paper)):
-                if number.path in referred or number.path.startswith("claim "):
+                if number.path in referred or number.path.startswith(CLAIMED):
                     found.setdefault(number.path, number)
         return list(found.values())
 

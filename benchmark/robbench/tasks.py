@@ -101,7 +101,9 @@ def _needs(spec: str, cell: Cell, shared: Shared, jobs: Iterable[str]) -> frozen
 def _training_weight(spec: str, images: int) -> float:
     """Passes of one image through one network, for the estimate of the time that is left."""
     defense = resolve(spec)[-1]
-    inner = defense.adversarial.steps if defense.adversarial else 0
+    inner = 0
+    if defense.adversarial:
+        inner = 1 if defense.adversarial.kind == "fgsm" else defense.adversarial.steps
     return 3.0 * defense.epochs * images * defense.members * (1 + inner)
 
 

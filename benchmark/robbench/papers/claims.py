@@ -15,7 +15,7 @@ from robbench.errors import InputError, unknown
 from robbench.metrics import Measure
 from robbench.papers.derived import outcome
 from robbench.papers.paper import Binding, Claim, Counterpart, Number, Paper, Printed
-from robbench.papers.reproduction import SHARES, Line, shown_value
+from robbench.papers.reproduction import CLAIMED, SHARES, Line, shown_value
 from robbench.statistics import Interval
 
 TREND = 0.5  # rank correlation from which on a curve is said to rise or to fall
@@ -133,7 +133,8 @@ def _asked(claim: Claim) -> list[Counterpart]:
 
 def _number(fields: Mapping[str, object]) -> Number:
     binding = Binding.model_validate(fields)
-    return Number(f"claim {binding.model_dump_json(exclude_defaults=True)}", (), "", None, binding)
+    path = CLAIMED + binding.model_dump_json(exclude_defaults=True)
+    return Number(path, (), "", None, binding)
 
 
 def _path(each: Counterpart) -> str:

@@ -21,6 +21,7 @@ from robbench.records import Record
 from robbench.siblings import network_of
 from robbench.tables import with_interval
 
+CLAIMED = "claim "  # begins the path of a number that only a claim has
 SHARES = ("percent", "AUC x 1e-2")  # units whose numbers are printed a hundred times as large
 
 
@@ -73,13 +74,14 @@ class Reproduction:
         return self._cells[key]
 
     def plan(self, numbers: Sequence[Number]) -> list[Cell]:
-        """All cells that these numbers need, the strongest attacks beside them last."""
+        """All cells that these numbers need, and last the strongest attacks beside those of tables."""
         cells: dict[str, Cell] = {}
         beside: dict[str, Cell] = {}
         for number in numbers:
             for cell in self.cells_of(number.binding):
                 cells.setdefault(cell.id, cell)
-                if suite := self.strongest(number.binding, cell):
+                claimed = number.path.startswith(CLAIMED)  # shown alone, without a verdict
+                if not claimed and (suite := self.strongest(number.binding, cell)):
                     beside.setdefault(suite.id, suite)
         return list({**cells, **beside}.values())
 
