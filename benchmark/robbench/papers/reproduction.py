@@ -74,7 +74,7 @@ class Reproduction:
         return self._cells[key]
 
     def plan(self, numbers: Sequence[Number]) -> list[Cell]:
-        """All cells that these numbers need, and last the strongest attacks beside those of tables."""
+        """All cells that these numbers need; last the strongest attacks beside those of tables."""
         cells: dict[str, Cell] = {}
         beside: dict[str, Cell] = {}
         for number in numbers:
