@@ -13,7 +13,7 @@ from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.metrics import Measure, outcomes
-from robbench.papers.cells import cell_of, shrunk, strongest_of
+from robbench.papers.cells import UNBOUNDED, cell_of, shrunk, strongest_of
 from robbench.papers.costs import cost_key
 from robbench.papers.derived import bindings_of, measured, size_of, value_of
 from robbench.papers.paper import Binding, Number, Paper, Scale
@@ -90,9 +90,9 @@ class Reproduction:
         under_attack = binding.kind == "cell" and not binding.measure.startswith("clean")
         if not under_attack or cell.threat.target != "none" and cell.setting.kind == "transfer":
             return None
-        key = repr(threat_of(cell)) + str(binding.eps == "any")
+        key = repr(threat_of(cell)) + str(binding.eps == UNBOUNDED)
         if key not in self._suites:
-            bound = binding.eps != "any"
+            bound = binding.eps != UNBOUNDED
             self._suites[key] = strongest_of(cell, self.overlay, self.load, bound)
         return self._suites[key]
 
@@ -170,7 +170,8 @@ def shown_value(measure: Measure, unit: str | None) -> str:
 def shown_strongest(line: Line) -> str:
     """The lowest accuracy that any attack left, with the attack."""
     if line.strongest is None:
-        return ""
+        unbound = line.measure is not None and line.number.binding.eps == UNBOUNDED
+        return "no ε to compare at" if unbound else ""
     record = line.strongest
     return f"{with_interval(measured(record, 'accuracy'))} {record.cell.attack}"
 
