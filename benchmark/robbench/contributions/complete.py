@@ -23,7 +23,8 @@ class Environment(BaseModel):
     python: str
     versions: dict[str, str]
     device: str
-    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None  # None: of an installed wheel
+    # none of what is no checkout: an installed wheel, an unpacked archive
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Environment:
