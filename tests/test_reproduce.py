@@ -176,7 +176,7 @@ def judged(claim, measures):
 
     def line_of(path):
         number = numbers[path]._replace(binding=bound("mean-distance"))
-        return claims.Made(claims.Line(number, (), (), measures[path], ""), "percent")
+        return claims.Line(number, "percent", (), measures[path], "")
 
     return claims.judge(Claim(what="w", where="1", **claim), line_of, lambda figure: CURVES)
 

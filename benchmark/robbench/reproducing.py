@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from robbench.papers import pages
 from robbench.papers.costs import cost_key, measure_cost, read_costs, write_costs
 from robbench.papers.derived import UNKNOWN
 from robbench.papers.paper import SCALES, Binding, Figure, Number, Paper, keys, select
-from robbench.papers.reproduction import CLAIMED, Known, Line, Reproduction
-from robbench.records import Record, Store
+from robbench.papers.reproduction import Known, Line, Reproduction
+from robbench.records import Store
 from robbench.runner import Shared
 from robbench.tables import as_csv
 
@@ -69,10 +68,21 @@ class Part:
         found = {number.path: number for number in self.paper.numbers(self.tables)}
         if self.claimed:
             referred = set(spoken.paths(self.paper))
-            for number in (*self.paper.numbers(), *spoken.counterparts(self.paper)):
-                if number.path in referred or number.path.startswith(CLAIMED):
-                    found.setdefault(number.path, number)
+            for path, number in self._every.items():
+                if path in referred or not number.in_table:
+                    found.setdefault(path, number)
         return list(found.values())
+
+    @cached_property
+    def _every(self) -> dict[str, Number]:
+        """The numbers of all tables, and those that only claims have, by path."""
+        numbers = (*self.paper.numbers(), *spoken.counterparts(self.paper))
+        return {number.path: number for number in numbers}
+
+    @property
+    def least(self) -> int:
+        """Images of a record that may stand as the strongest attack."""
+        return self.reproduction.overlay.strongest_n or 1
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -105,14 +115,12 @@ class Part:
             self.costs[cost_key(binding, overlay)] = Measure(value, UNKNOWN)
             write_costs(self.costs_file, self.costs)
 
-    def draw(self, shared: Shared) -> list[str]:
+    def draw(self, shared: Shared, known: Known) -> list[str]:
         """The figures of the part as CSV, SVG and PNG; why one could not be drawn. What is computed
         for a figure alone is kept: its CSV is the measurement, not made again while it is there."""
         failed = []
-        known = known_of(self) if self.figures else None
         for name, figure in self.figures.items():
             drawing, file = figures.drawings.get(str(figure.draw)), self.data_of(name)
-            assert known is not None
             try:
                 if drawing.bindings(figure.arguments) or not file.exists():
                     sources = figures.Sources(self.reproduction, known, shared)
@@ -169,16 +177,11 @@ class Part:
             for name, table in self.paper.tables.items()
             for number in table.numbers(name)
         }
-        numbers = {
-            number.path: number
-            for number in (*self.paper.numbers(), *spoken.counterparts(self.paper))
-        }
 
-        def line_of(path: str) -> spoken.Made:
-            unit = units.get(path, "percent")
-            if numbers[path].binding.kind == "cost":
-                unit = None
-            return spoken.Made(self.reproduction.line(numbers[path], unit, known), unit)
+        def line_of(path: str) -> Line:
+            number = self._every[path]
+            unit = None if number.binding.kind == "cost" else units.get(path, "percent")
+            return self.reproduction.line(number, unit, known)
 
         return [spoken.judge(claim, line_of, self.series) for claim in self.paper.claims]
 
@@ -194,16 +197,19 @@ class Part:
         """Seconds of all trainings behind the numbers of the part, each once, as the checkpoints
         beside the records tell."""
         shelf = Shelf([self.out / "checkpoints"])
-        seconds: dict[str, float] = {}
-        for number in self.numbers():
-            for cell in self.reproduction.cells_of(number.binding):
-                for part in resolve(cell.defense):
-                    for each in (part, *part.bases()):
-                        key = key_of(each, self.load(cell.dataset), cell.train_seed)
-                        if key not in seconds and (path := shelf.find(key)):
-                            curve = json.loads(path.with_suffix(".json").read_text())["curve"]
-                            seconds[key] = sum(point.get("seconds", 0.0) for point in curve)
-        return sum(seconds.values())
+        cells = [c for n in self.numbers() for c in self.reproduction.cells_of(n.binding)]
+        trainings = dict.fromkeys((c.defense, c.dataset, c.train_seed) for c in cells)
+        made = {
+            key_of(each, self.load(dataset), seed)
+            for defense, dataset, seed in trainings
+            for part in resolve(defense)
+            for each in (part, *part.bases())
+        }
+        seconds = 0.0
+        for path in filter(None, map(shelf.find, sorted(made))):
+            curve = json.loads(path.with_suffix(".json").read_text())["curve"]
+            seconds += sum(point.get("seconds", 0.0) for point in curve)
+        return seconds
 
 
 def loader(out: Path, data_dir: Path | None) -> Callable[[str], Dataset]:
@@ -229,14 +235,10 @@ def part_of(what: str, scale: str, out: Path, load: Callable[[str], Dataset]) ->
 
 
 def rendered(part: Part, known: Known, form: str) -> str:
-    """The part in a format: text, markdown, latex, bibtex, csv or json."""
-    if form == "bibtex":
-        return pages.bibtex(part.paper)
+    """The part in a format: text, markdown, latex, csv or json."""
     tables, judged = part.lines(known), part.judged(known)
     if form in ("csv", "json"):
-        flat = [
-            pages.flat(part.paper, part.scale, line) for lines in tables.values() for line in lines
-        ]
+        flat = _flat(part, tables)
         if part.part == CLAIMS:
             flat = [pages.flat_claim(part.paper, part.scale, each) for each in judged]
         return as_csv(flat) if form == "csv" else json.dumps(flat, indent=1, ensure_ascii=False)
@@ -253,6 +255,10 @@ def rendered(part: Part, known: Known, form: str) -> str:
     return "\n\n".join(parts)
 
 
+def _flat(part: Part, tables: Mapping[str, Sequence[Line]]) -> list[dict[str, Any]]:
+    return [pages.flat(part.paper, part.scale, line) for lines in tables.values() for line in lines]
+
+
 def _drawn(part: Part) -> str:
     """Where a figure lies, or why it is none."""
     figure = part.paper.figures[str(part.part)]
@@ -267,21 +273,13 @@ def page_files(part: Part, known: Known) -> dict[Path, str]:
     """The page and the CSVs of a whole paper at a scale, as they must be for these records."""
     stem = part.out / "papers" / f"{part.paper.key}.{part.scale}"
     tables, judged = part.lines(known), part.judged(known)
-    flat = [pages.flat(part.paper, part.scale, line) for lines in tables.values() for line in lines]
     trained = part.trained()
     text = pages.page(part.paper, part.scale, tables, judged, part.paper.figures, trained)
     return {
         stem.with_name(f"{stem.name}.md"): text,
-        stem.with_name(f"{stem.name}.csv"): as_csv(flat),
+        stem.with_name(f"{stem.name}.csv"): as_csv(_flat(part, tables)),
         **part.figure_data(known),
     }
-
-
-def write_pages(part: Part) -> None:
-    """Page and CSV of a whole paper beside its figures."""
-    for path, text in page_files(part, known_of(part)).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
 
 
 def committed(out: Path) -> list[tuple[str, str]]:
@@ -294,13 +292,7 @@ def committed(out: Path) -> list[tuple[str, str]]:
     ]
 
 
-def known_of(part: Part, records: Sequence[Record] | None = None) -> Known:
-    """What the records below the part's folder say."""
-    found = list(Store(part.out).all()) if records is None else records
-    names = {cell.dataset for cell in part.cells()}
-    least = part.reproduction.overlay.strongest_n or 1
-    return Known.of([record for record in found if record.cell.dataset in names], least)
-
-
-def workers_of(options: Mapping[str, Any]) -> int:
-    return options["workers"] or os.cpu_count() or 1
+def known_of(part: Part, cells: Sequence[Cell]) -> Known:
+    """What the records below the part's folder say of the datasets of these cells."""
+    names = sorted({cell.dataset for cell in cells})
+    return Known.of([each for name in names for each in Store(part.out).all(name)], part.least)

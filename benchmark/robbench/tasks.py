@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from robbench.attacks import Configured
-from robbench.attacks.published import effective
+from robbench.attacks.published import in_effect
 from robbench.attacks.suite import MEANS
 from robbench.defense import resolve
 from robbench.errors import InputError
@@ -108,11 +108,7 @@ def _training_weight(spec: str, images: int) -> float:
 
 
 def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
-    attack = Configured.of(cell.attack)
-    published = attack.entry.name.endswith(":as-published")
-    settings: Mapping[str, Any] = attack.settings
-    if published:
-        settings = effective(attack.entry.name, settings)
+    settings = in_effect(Configured.of(cell.attack))
     steps = settings.get("steps") or settings.get("max_iter") or settings.get("n_queries") or 20
     if cell.source in shared.models:
         members = len(shared.models[cell.source].deployed.members)

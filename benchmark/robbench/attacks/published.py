@@ -147,6 +147,12 @@ def effective(name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**Configured.of(plain).settings, **TABLE[plain][settings["paper"]], **given}
 
 
+def in_effect(attack: Configured) -> Mapping[str, Any]:
+    """All settings that an attack runs with, a variant's those of its paper."""
+    variant = attack.entry.name.endswith(":as-published")
+    return effective(attack.entry.name, attack.settings) if variant else attack.settings
+
+
 def _settings(name: str, base: type[BaseModel], papers: tuple[str, ...]) -> type[BaseModel]:
     """Which paper, and the attack's own settings where they shall differ from it."""
     fields: dict[str, Any] = {"paper": (Literal[papers], papers[0])}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from robbench.attacks import Attack, Configured
-from robbench.attacks.published import effective
+from robbench.attacks.published import in_effect
 from robbench.audit.flags import enough
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError
@@ -255,9 +255,7 @@ def settings_of(record: Record) -> Mapping[str, Any]:
 def settings_in(text: str) -> Mapping[str, Any]:
     """The same of the spec of an attack."""
     configured = attack_of(text)
-    if configured and configured.entry.name.endswith(":as-published"):
-        return effective(configured.entry.name, configured.settings)
-    return configured.settings if configured else {}
+    return in_effect(configured) if configured else {}
 
 
 @cache

@@ -295,7 +295,7 @@ def measured(
     from robbench.cli.terminal import Console
     from robbench.executors import measure
 
-    workers = options["workers"] or os.cpu_count() or 1
+    workers = workers_of(options)
     quiet = options["quiet"] or options["as_json"]
     with Console(quiet=quiet).progress(missing, shared) as progress:
         for record in measure(
@@ -320,6 +320,11 @@ def write_board(
 
     for name, text in pages(dataset, records, audits).items():
         write_page(store.root / name, text)
+
+
+def workers_of(options: dict[str, Any]) -> int:
+    """--workers, or one per core."""
+    return options["workers"] or os.cpu_count() or 1
 
 
 def write_page(path: Path, text: str) -> None:

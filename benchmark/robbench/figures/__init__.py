@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from robbench.errors import InputError
 from robbench.papers.cells import shrunk
-from robbench.papers.paper import Binding, Number, Paper, Scale
+from robbench.papers.paper import Number, Paper, Scale
 from robbench.papers.reproduction import Known, Line, Reproduction
 from robbench.registry import Registry
 from robbench.runner import Shared
@@ -31,6 +31,11 @@ COLUMN = 3.4  # inches: the width of a column in print
 # Okabe and Ito: told apart by the colour-blind, and in grey by their order of brightness
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def no_cells(arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The bindings of a drawing whose data is computed."""
+    return []
 
 
 @dataclass
@@ -51,10 +56,10 @@ class Sources:
 
     def line(self, fields: Mapping[str, Any]) -> Line:
         """What the records say of a binding; InputError where they do not say it yet."""
-        binding = Binding(**fields)
-        number = Number(binding.model_dump_json(exclude_defaults=True), (), "", None, binding)
+        number = Number.alone(fields)
         found = self.reproduction.line(number, "percent", self.known)
         if found.measure is None:
+            binding = number.binding
             raise InputError(f"{binding.defense}, {binding.attack}: {found.why}")
         return found
 

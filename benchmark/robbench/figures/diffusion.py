@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from robbench.figures import COLUMN, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import COLUMN, Drawing, Rows, Sources, canvas, drawings, no_cells
 from robbench.figures.curves import SMALL, TEXT, checked
 from robbench.papers.paper import Strict
 
@@ -189,4 +189,4 @@ def _on_grid(rows: Rows) -> tuple[Field2, Field2]:
     return u, np.array([float(row["y"]) for row in rows[:size]])
 
 
-drawings.add("convection-diffusion", Drawing(lambda arguments: [], _data, _plot))
+drawings.add("convection-diffusion", Drawing(no_cells, _data, _plot))

@@ -11,7 +11,17 @@ from pydantic import Field
 
 from robbench.deployed import gives_activations
 from robbench.errors import InputError
-from robbench.figures import COLUMN, MARKERS, PALETTE, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import (
+    COLUMN,
+    MARKERS,
+    PALETTE,
+    Drawing,
+    Rows,
+    Sources,
+    canvas,
+    drawings,
+    no_cells,
+)
 from robbench.figures.curves import SMALL, TEXT, checked
 from robbench.papers.paper import Strict
 from robbench.randomness import preserved_random_state, seed_everything
@@ -132,4 +142,4 @@ def _handle(style: Mapping[str, Any]) -> Any:
     return Line2D([], [], **style)
 
 
-drawings.add("tsne", Drawing(lambda arguments: [], _data, _plot))
+drawings.add("tsne", Drawing(no_cells, _data, _plot))

@@ -15,7 +15,7 @@ from torch import Tensor
 from robbench.defense import resolve
 from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, drawings, no_cells
 from robbench.grid import Cell
 from robbench.judge import SCORING_DRAWS
 from robbench.papers.cells import cell_of
@@ -382,5 +382,5 @@ def _votes(axis: Any, row: Mapping[str, Any]) -> None:
     )
 
 
-drawings.add("adversarial-panels", Drawing(lambda arguments: [], _panel_data, _panel_plot))
-drawings.add("abstentions", Drawing(lambda arguments: [], _abstention_data, _abstention_plot))
+drawings.add("adversarial-panels", Drawing(no_cells, _panel_data, _panel_plot))
+drawings.add("abstentions", Drawing(no_cells, _abstention_data, _abstention_plot))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robbench.deployed import Deployed
 from robbench.errors import InputError, unknown
-from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, drawings, no_cells
 from robbench.figures.images import brief, chosen, close_up, picture, pixels, show
 from robbench.metrics.diversity import discrimination, gradient_angles
 from robbench.metrics.gradcam import centre, centre_distance, grad_cam
@@ -261,5 +261,5 @@ def _box_plot(rows: Rows, arguments: Mapping[str, Any]) -> Canvas:
     return made
 
 
-drawings.add("grad-cam-members", Drawing(lambda arguments: [], _cam_data, _cam_plot))
-drawings.add("member-boxes", Drawing(lambda arguments: [], _box_data, _box_plot))
+drawings.add("grad-cam-members", Drawing(no_cells, _cam_data, _cam_plot))
+drawings.add("member-boxes", Drawing(no_cells, _box_data, _box_plot))

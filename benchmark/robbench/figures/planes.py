@@ -16,7 +16,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robbench.defense import resolve
-from robbench.figures import COLUMN, MARKERS, PALETTE, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import (
+    COLUMN,
+    MARKERS,
+    PALETTE,
+    Drawing,
+    Rows,
+    Sources,
+    canvas,
+    drawings,
+    no_cells,
+)
 from robbench.figures.curves import DASHES, GREY, SMALL, TEXT, checked
 from robbench.papers.paper import Strict
 from robbench.randomness import preserved_random_state
@@ -424,11 +434,6 @@ def _domains_plot(rows: Rows, arguments: Fields) -> Canvas:
 # center loss against the MMC loss
 
 
-def _none(arguments: Fields) -> list[Fields]:
-    """No cells: all is computed."""
-    return []
-
-
-drawings.add("max-mahalanobis-centres", Drawing(_none, _centres_data, _centres_plot))
-drawings.add("loss-contours", Drawing(_none, _shells_data, _shells_plot))
-drawings.add("rce-domains", Drawing(_none, _domains_data, _domains_plot))
+drawings.add("max-mahalanobis-centres", Drawing(no_cells, _centres_data, _centres_plot))
+drawings.add("loss-contours", Drawing(no_cells, _shells_data, _shells_plot))
+drawings.add("rce-domains", Drawing(no_cells, _domains_data, _domains_plot))

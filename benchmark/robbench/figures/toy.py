@@ -4,30 +4,33 @@ network with two inputs."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from robbench.defense import Defense, resolve
-from robbench.figures import COLUMN, MARKERS, PALETTE, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import (
+    COLUMN,
+    MARKERS,
+    PALETTE,
+    Drawing,
+    Rows,
+    Sources,
+    canvas,
+    drawings,
+    no_cells,
+)
 from robbench.figures.curves import DASHES, GREY, SMALL, checked
-from robbench.figures.planes import marker, plain
+from robbench.figures.planes import DIGITS, Fields, Positive, marker, plain
 from robbench.papers.paper import Strict
 from robbench.randomness import preserved_random_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
-
-Fields = Mapping[str, Any]
-Points = NDArray[np.float64]  # (N, 2)
-Positive = Annotated[float, Field(gt=0)]
-CORNERS = 181  # points of a line that is drawn
-DIGITS = 5
 
 
 class Toy(Strict):
@@ -263,4 +266,4 @@ def _ended(axis: Any, rows: Rows) -> None:
         axis.plot(*spots["centre"].T, "X", color="black", markerfacecolor="white", markersize=6)
 
 
-drawings.add("mmc-toy", Drawing(lambda arguments: [], _toy_data, _toy_plot))
+drawings.add("mmc-toy", Drawing(no_cells, _toy_data, _toy_plot))

@@ -19,7 +19,7 @@ from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.figures import Drawing, Rows, Sources, drawings
+from robbench.figures import Drawing, Rows, Sources, drawings, no_cells
 from robbench.figures.curves import (
     DASHES,
     GREY,
@@ -324,12 +324,7 @@ def _epochs(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def _none(arguments: Fields) -> list[Fields]:
-    """What is drawn is no cell's."""
-    return []
-
-
-drawings.add("training-curves", Drawing(_none, _curves_data, _plot_curves))
+drawings.add("training-curves", Drawing(no_cells, _curves_data, _plot_curves))
 
 
 class Watched(Strict):
@@ -426,4 +421,4 @@ def _plot_looks(rows: Rows, arguments: Fields) -> Canvas:
     return figure
 
 
-drawings.add("variance-while-training", Drawing(_none, _looks_data, _plot_looks))
+drawings.add("variance-while-training", Drawing(no_cells, _looks_data, _plot_looks))

@@ -14,8 +14,8 @@ from robbench import statistics
 from robbench.errors import InputError, unknown
 from robbench.metrics import Measure
 from robbench.papers.derived import outcome
-from robbench.papers.paper import Binding, Claim, Counterpart, Number, Paper, Printed
-from robbench.papers.reproduction import CLAIMED, SHARES, Line, shown_value
+from robbench.papers.paper import Claim, Counterpart, Number, Paper, Printed
+from robbench.papers.reproduction import SHARES, Line, shown_value
 from robbench.statistics import Interval
 
 TREND = 0.5  # rank correlation from which on a curve is said to rise or to fall
@@ -30,20 +30,13 @@ class Judged(NamedTuple):
     holds: str
 
 
-class Made(NamedTuple):
-    """What a counterpart turned out to be."""
-
-    line: Line
-    unit: str | None
-
-
 def counterparts(paper: Paper) -> list[Number]:
     """The bindings that only claims have, as numbers, so that they are planned and measured."""
     known: dict[str, Number] = {}
     for claim in paper.claims:
         for each in _asked(claim):
             if not isinstance(each, str):
-                number = _number(each)
+                number = Number.alone(each)
                 known.setdefault(number.path, number)
     return list(known.values())
 
@@ -55,7 +48,7 @@ def paths(paper: Paper) -> list[str]:
 
 def judge(
     claim: Claim,
-    line_of: Callable[[str], Made],
+    line_of: Callable[[str], Line],
     series_of: Callable[[str], Series],
 ) -> Judged:
     """Whether a claim holds. line_of: a measured number by its path; series_of: a figure's data."""
@@ -70,21 +63,20 @@ def judge(
                 return Judged(claim, _points(measure, None), _holds(claim, measure, 1.0))
             return Judged(claim, _shown_curve(found[0]), _trend(claim.holds, found))
         asked = [line_of(_path(each)) for each in _asked(claim)]
-        missing = [made.line for made in asked if made.line.measure is None]
+        missing = [line for line in asked if line.measure is None]
         if missing:
             return Judged(claim, "", missing[0].why)
         if claim.order:
             return _ordered(claim, list(zip(asked[::2], asked[1::2], strict=True)))
         if claim.differ:
-            measure = difference(asked[0].line, asked[1].line)
+            measure = difference(asked[0], asked[1])
             return Judged(
                 claim, _points(measure, asked[0].unit), _holds(claim, measure, _factor(asked[0]))
             )
-        (made,) = asked
-        assert made.line.measure is not None
-        factor = _factor(made)
-        shown = shown_value(made.line.measure, made.unit)
-        return Judged(claim, shown, _holds(claim, made.line.measure, factor))
+        (line,) = asked
+        assert line.measure is not None
+        shown = shown_value(line.measure, line.unit)
+        return Judged(claim, shown, _holds(claim, line.measure, _factor(line)))
     except InputError as error:
         return Judged(claim, "", str(error))
 
@@ -103,8 +95,8 @@ def difference(first: Line, second: Line) -> Measure:
     return Measure(value, Interval(value - half, value + half))
 
 
-def _factor(made: Made) -> float:
-    return 100.0 if made.unit in SHARES else 1.0
+def _factor(line: Line) -> float:
+    return 100.0 if line.unit in SHARES else 1.0
 
 
 def _half(measure: Measure) -> float:
@@ -131,14 +123,8 @@ def _asked(claim: Claim) -> list[Counterpart]:
     return [each for pair in pairs for each in pair]
 
 
-def _number(fields: Mapping[str, object]) -> Number:
-    binding = Binding.model_validate(fields)
-    path = CLAIMED + binding.model_dump_json(exclude_defaults=True)
-    return Number(path, (), "", None, binding)
-
-
 def _path(each: Counterpart) -> str:
-    return each if isinstance(each, str) else _number(each).path
+    return each if isinstance(each, str) else Number.alone(each).path
 
 
 def _holds(claim: Claim, measure: Measure, factor: float) -> str:
@@ -184,8 +170,8 @@ def _near(printed: Printed, low: float, high: float) -> str:
     return "yes" if low - slack <= value <= high + slack else "no"
 
 
-def _ordered(claim: Claim, pairs: Sequence[tuple[Made, Made]]) -> Judged:
-    found = [difference(first.line, second.line) for first, second in pairs]
+def _ordered(claim: Claim, pairs: Sequence[tuple[Line, Line]]) -> Judged:
+    found = [difference(first, second) for first, second in pairs]
     clear = sum(measure.interval.low > 0 for measure in found)
     against = sum(measure.interval.high < 0 for measure in found)
     larger = sum(measure.value > 0 for measure in found)

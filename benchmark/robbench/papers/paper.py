@@ -14,6 +14,7 @@ from robbench.errors import unknown
 
 Kind = Literal["cell", "derived", "cost", "quoted", "text"]
 Printed = float | int | str | None  # as printed: "<=1", "~2", "O(K^2)" stay text
+ALONE = "alone "  # begins the path of a number that only a claim or a figure has
 SCALES = ("smoke", "cpu", "paper")
 
 
@@ -80,6 +81,16 @@ class Number(NamedTuple):
     column: str
     printed: Printed
     binding: Binding
+
+    @classmethod
+    def alone(cls, fields: Mapping[str, Any]) -> Number:
+        """A number that no table has, by the fields of its binding."""
+        binding = Binding.model_validate(fields)
+        return cls(ALONE + binding.model_dump_json(exclude_defaults=True), (), "", None, binding)
+
+    @property
+    def in_table(self) -> bool:
+        return not self.path.startswith(ALONE)
 
 
 class Table(Strict):

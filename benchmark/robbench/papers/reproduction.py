@@ -9,7 +9,7 @@ from typing import NamedTuple
 from robbench.audit import Audited, audit, badge
 from robbench.audit.case import parts_of
 from robbench.datasets import Dataset
-from robbench.defense import resolve
+from robbench.defense import Defense
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.metrics import Measure, outcomes
@@ -21,7 +21,6 @@ from robbench.records import Record
 from robbench.siblings import network_of
 from robbench.tables import with_interval
 
-CLAIMED = "claim "  # begins the path of a number that only a claim has
 SHARES = ("percent", "AUC x 1e-2")  # units whose numbers are printed a hundred times as large
 
 
@@ -80,8 +79,8 @@ class Reproduction:
         for number in numbers:
             for cell in self.cells_of(number.binding):
                 cells.setdefault(cell.id, cell)
-                claimed = number.path.startswith(CLAIMED)  # shown alone, without a verdict
-                if not claimed and (suite := self.strongest(number.binding, cell)):
+                suite = self.strongest(number.binding, cell) if number.in_table else None
+                if suite:  # what stands alone is shown without a verdict
                     beside.setdefault(suite.id, suite)
         return list({**cells, **beside}.values())
 
@@ -130,12 +129,16 @@ class Known(NamedTuple):
     weakest: Mapping[tuple[object, ...], Record]
 
     @classmethod
-    def of(cls, records: Sequence[Record], least: int) -> Known:
-        """least: images of a record that may stand as the strongest attack."""
+    def of(
+        cls, records: Sequence[Record], least: int, audits: Mapping[str, Audited] | None = None
+    ) -> Known:
+        """least: images of a record that may stand as the strongest attack. audits: what `audit`
+        says of all these records, for a caller who has asked it already."""
         finished = {record.id: record for record in records if record.status == "ok"}
-        audits: dict[str, Audited] = {}
-        for dataset in dict.fromkeys(record.cell.dataset for record in records):
-            audits |= audit([record for record in records if record.cell.dataset == dataset])
+        if audits is None:
+            audits = {}
+            for dataset in dict.fromkeys(record.cell.dataset for record in records):
+                audits |= audit([record for record in records if record.cell.dataset == dataset])
         return cls(finished, audits, by_threat(records, least))
 
 
@@ -189,11 +192,9 @@ def made_of(cell: Cell) -> tuple[str, str]:
     networks = ", ".join(
         f"{part.size} × {network_of(part)}" if part.size > 1 else network_of(part) for part in parts
     )
-    return networks, ", ".join(_epochs(part.spec) for part in parts)
+    return networks, ", ".join(map(_epochs, parts))
 
 
-def _epochs(spec: object) -> str:
-    (part,) = resolve(spec)  # type: ignore[arg-type]
-    below = [_epochs(base.spec) for base in part.bases()]
+def _epochs(part: Defense) -> str:
     own = [str(part.epochs)] if part.epochs else []
-    return " + ".join([*below, *own])
+    return " + ".join([*map(_epochs, part.bases()), *own])
