@@ -83,25 +83,26 @@ def judge(
 
 def difference(first: Line, second: Line) -> Measure:
     """First - second: paired where both are shares of the same images, else of two independent
-    numbers."""
+    numbers, from their own intervals (Zou and Donner 2008)."""
     assert first.measure is not None and second.measure is not None
     a, b = _outcomes(first), _outcomes(second)
     if a is not None and b is not None:
         n = min(len(a), len(b))
         found = statistics.paired(a[:n], b[:n])
         return Measure(found.difference, found.interval)
-    value = first.measure.value - second.measure.value
-    half = math.hypot(*(_half(line.measure) for line in (first, second) if line.measure))
-    return Measure(value, Interval(value - half, value + half))
+    (x, (x_low, x_high)), (y, (y_low, y_high)) = map(_bounded, (first.measure, second.measure))
+    low, high = math.hypot(x - x_low, y_high - y), math.hypot(x_high - x, y - y_low)
+    return Measure(x - y, Interval(x - y - low, x - y + high))
 
 
 def _factor(line: Line) -> float:
     return 100.0 if line.unit in SHARES else 1.0
 
 
-def _half(measure: Measure) -> float:
-    low, high = measure.interval
-    return (high - low) / 2 if low == low else 0.0
+def _bounded(measure: Measure) -> Measure:
+    """A measure without an interval has the number itself for one."""
+    value, (low, _) = measure
+    return measure if low == low else Measure(value, Interval(value, value))
 
 
 def _outcomes(line: Line) -> np.ndarray | None:
@@ -155,12 +156,12 @@ def _beyond(low: float, high: float, limit: float) -> str:
 
 
 def _near(printed: Printed, low: float, high: float) -> str:
-    """Whether what is printed - `<=1`, `~0.66M`, 85.62 - can be the number behind an interval; a
+    """Whether what is printed - `<=1`, `~0.27M x 2`, 85.62 - can be the number behind an interval; a
     unit of its last digit is what it was rounded to."""
-    match = re.fullmatch(r"([<>]=?|~)?\s*([-+]?\d+(?:\.(\d+))?)([kmM]?)", str(printed))
+    match = re.fullmatch(r"([<>]=?|~)?\s*([-+]?\d+(?:\.(\d+))?)([kmM]?)(?: x (\d+))?", str(printed))
     if match is None:
         return "undecided"
-    size = {"k": 1e3, "m": 1e6, "M": 1e6}.get(match[4], 1.0)
+    size = {"k": 1e3, "m": 1e6, "M": 1e6}.get(match[4], 1.0) * int(match[5] or 1)
     value, unit = size * float(match[2]), size * 10.0 ** -len(match[3] or "")
     slack = unit if match[1] == "~" else unit / 2
     if match[1] in (">", ">="):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import chi2
 
 from robbench import statistics
 from robbench.defense import resolve
@@ -77,10 +78,14 @@ def _against(binding: Binding, size: int) -> list[Binding]:
 
 
 def _runs(binding: Binding, size: int) -> list[Binding]:
-    """The same attack with several seeds, arguments.runs of them."""
+    """Several runs, arguments.runs of them: with arguments.vary train_seed the defense is trained
+    anew in each, with seed (the default) only attacked anew."""
+    vary = binding.arguments.get("vary", "seed")
+    if vary not in ("seed", "train_seed"):
+        raise unknown("what varies between runs", vary, ("seed", "train_seed"))
     return [
-        binding.model_copy(update={"kind": "cell", "seed": seed})
-        for seed in range(int(binding.arguments.get("runs", 5)))
+        binding.model_copy(update={"kind": "cell", vary: index})
+        for index in range(int(binding.arguments.get("runs", 5)))
     ]
 
 
@@ -118,8 +123,11 @@ def _entropy(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure
 
 
 def _spread(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
-    """The standard deviation of the accuracy over runs (ddof = 1)."""
-    return Measure(float(np.std(_accuracies(records), ddof=1)), UNKNOWN)
+    """The standard deviation of the accuracy over runs (ddof = 1), with the interval of that of a
+    normal law (χ² with one degree of freedom less than runs)."""
+    spread, freedom = float(np.std(_accuracies(records), ddof=1)), len(records) - 1
+    low, high = spread * np.sqrt(freedom / chi2.ppf((0.975, 0.025), freedom))
+    return Measure(spread, Interval(float(low), float(high)))
 
 
 def _mean(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
