@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torchattacks
-from torch import nn
+from torch import Generator, nn
 
 from robbench import datasets, registry
 from robbench.access import Access
 from robbench.attacks import Configured, find
 from robbench.attacks.published import TABLE, effective
+from robbench.attacks.success import broken
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.randomness import preserved_random_state, seed_everything
 from robbench.rules import MeanLogits
 from robbench.threat import NORM_NAMES, Threat, distance
 
@@ -132,3 +134,33 @@ def test_jsma_steps_as_often_as_features_may_change(paper, per_step, network, di
     plain = craft(f"jsma({settings}, gamma=0.3, steps={steps})", network, x, y, goal)
     spec = f"jsma:as-published(paper={paper}, gamma=0.3)"
     assert torch.equal(craft(spec, network, x, y, threat), plain)
+
+
+
+class Mostly(nn.Module):
+    """Right about label 0 in three draws of four."""
+
+    def forward(self, x):
+        right = torch.rand(len(x), device=x.device) < 0.75
+        logits = torch.stack([right.float(), (~right).float()], dim=1)
+        return logits + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("fgsm-line-search", "linf"), ("deepfool", "l2"), ("local-search", "l0")]
+)
+def test_in_paper_002_one_draw_that_errs_ends_a_search(name, norm):
+    """A quarter of the images errs before anything has changed, and is handed back as it came."""
+    x, y = torch.rand(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64)
+    seen = {}
+    for spec in (name, f"{name}:as-published"):
+        with preserved_random_state():
+            seed_everything(0)
+            access = Access(Deployed(nn.ModuleList([Mostly()]), MeanLogits(), (1, 4, 4), 2))
+            Configured.of(spec)(access, x, y, Threat(norm=norm, eps=None), Generator())
+        seen[spec] = access.cost.forwards
+    assert seen[f"{name}:as-published"] < seen[name]
+    access.lucky = True
+    assert broken(access, x, y, None).float().mean() > 0.1
+    access.lucky = False
+    assert not broken(access, x, y, None).any()

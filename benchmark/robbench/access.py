@@ -69,7 +69,8 @@ class Access(nn.Module):
     is the default, else cross-entropy.
     own: False where the answers come from an oracle, so that a broken example says nothing yet.
     goal: what counts as lost - an accepted error (no answer is half of one), or any answer but
-    the label. selection: draws by which candidates are compared. start: where earlier stages of a
+    the label. selection: draws by which candidates are compared. lucky: one draw that errs ends a
+    search, as it did in paper 002. start: where earlier stages of a
     suite have come to, the shape of x; stages: those of the defense's own suite; guides: clean
     images and labels that an attack may look at beside its own. notes: what an attack has to say
     about itself, kept in the record.
@@ -93,6 +94,7 @@ class Access(nn.Module):
         self.cost = Cost()
         self.trace: dict[str, np.ndarray] = {}
         self.selection = 20 if self.draws > 1 else 5
+        self.lucky = False
         self.start: Tensor | None = None
         self.stages: Sequence[Any] = ()
         self.guides: tuple[Tensor, Tensor] | None = None

@@ -40,10 +40,12 @@ PREDICTED = {"label": "predicted"}
 TENTHS: Mapping[str, Any] = {"steps": 10, "pace": Fraction(1, 10), "keep": "last", **PREDICTED}
 ADP_PENALTY = {"search": 1, "steps": 1000, "lr": 0.01, "confidence": 0.1, **PREDICTED}
 
-VERSIONS = {"jsma": 2}  # of variants that once ran otherwise; all others have their attack's
+# of variants that once ran otherwise; all others have their attack's
+VERSIONS = {"jsma": 2, "deepfool": 2, "local-search": 2, "fgsm-line-search": 2}
 
 # Attack -> paper -> settings. pace: the step in ε. target: the rule of an untargeted threat. once:
-# as many steps as there are features to be changed, and no more. Of a list of losses the first that
+# as many steps as there are features to be changed, and no more. lucky: one draw that errs ends the
+# search. Of a list of losses the first that
 # the defense has. Sources: the texts, and where they say nothing the code that their authors
 # released.
 TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -87,9 +89,9 @@ TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "ead": {"adp": {**ADP_PENALTY, "c": 1.0, "beta": 0.01}},
     "cw-linf": {"enresnet": {"form": "released"}},
-    "deepfool": {"sdr": {"steps": 100}},
-    "local-search": {"sdr": {"p": 10.0, "undo": False, "rest": 0}},
-    "fgsm-line-search": {"sdr": {"loss": "ce"}},
+    "deepfool": {"sdr": {"steps": 100, "lucky": True}},
+    "local-search": {"sdr": {"p": 10.0, "undo": False, "rest": 0, "lucky": True}},
+    "fgsm-line-search": {"sdr": {"loss": "ce", "lucky": True}},
     "spsa": {"mmc": {"steps": 10, "samples": 128, "delta": 0.01, "lr": 0.01}},
     "gaussian-noise": {"mmc": {"sigma": 0.05}},
     "rotation": {"mmc": {"degrees": 30.0}},
@@ -120,6 +122,7 @@ def _variant(name: str, papers: Mapping[str, Mapping[str, Any]]) -> Attack:
             per_step = 1 + settings.get("pairs", True)
             changed_at_most = int(settings["gamma"] * x[0].numel() + 1e-9)
             settings.setdefault("steps", max(1, changed_at_most // per_step))
+        access.lucky = settings.pop("lucky", False)
         if "target" in settings:
             rule = settings.pop("target")
             threat = threat if threat.targeted else threat.model_copy(update={"target": rule})
