@@ -9,13 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from robbench import registry
 from robbench.cli import main
 from robbench.contributions import collect, problems
+from robbench.contributions.files import file_problems
+from robbench.contributions.pages import paper_pages
 from robbench.datasets import DATASETS
 from robbench.datasets.described import FACTS, described
+from robbench.papers import costs
+from robbench.papers.reproduction import Known
 from robbench.records import Record, Store, images_digest, images_file, read, read_images
+from robbench.reproducing import loader, part_of
+from robbench.runner import Shared
 
 COMMITTED = Path(__file__).parent.parent / "leaderboards"
 OTHER = "0" * 64
@@ -157,6 +164,10 @@ def lonely_checkpoint(folder):
     next((folder / "checkpoints").glob("*.json")).unlink()
 
 
+def recipe_without_points(folder):
+    edited_text(curve=[{"epoch": 0, "seconds": "?"}])(next((folder / "checkpoints").glob("*.json")))
+
+
 def failed_without_reason(folder):
     record = record_of(folder, "pgd")[1]
     forged(folder, "pgd", **vars(Record(id=record.id, cell=record.cell, status="failed")) | {
@@ -259,6 +270,14 @@ PLANTED = {
     "oracle": (with_provenance(oracle_checkpoints=[OTHER]), "oracle_checkpoints are not"),
     "damaged checkpoint": (damaged_checkpoint, "the checkpoint is broken"),
     "lonely checkpoint": (lonely_checkpoint, "the recipe"),
+    "no points": (recipe_without_points, "the checkpoint is broken (curve.0.seconds"),
+    "hidden": (
+        with_file(lambda path: path.rename(path.with_name(".forged.json"))
+                  and images_file(path).unlink()), "move it there"
+    ),
+    "hidden file": (
+        with_file(lambda path: path.with_name(".notes").write_text("")), "to no record"
+    ),
     "no reason": (failed_without_reason, "failed without a reason"),
     "failed in front": (failed_in_front, "hides"),
     "other images": (with_images(set_to(0.5), known=False), "SHA-256"),
@@ -349,6 +368,134 @@ def test_pages_of_papers_are_checked_and_written_without_their_data(robbench, fo
     assert robbench("leaderboard", "--out", folder)[0] == 0
     assert "not measured" in page.read_text()
     assert robbench("leaderboard", "--check", "--out", folder)[0] == 0
+
+
+FIGURE, COSTS = "papers/pang/fig_mmd.smoke.csv", "papers/sdr.smoke.costs.json"
+
+
+@pytest.fixture(scope="module")
+def begun(measured, tmp_path_factory):
+    """The same folder with costs of one paper and a computed figure of another."""
+    out = tmp_path_factory.mktemp("begun") / "leaderboards"
+    shutil.copytree(measured, out)
+    load, shared = loader(out, None), Shared(out, None, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(costs.FUNCTIONS, "epoch-seconds", costs.Function(_seconds, 3))
+        assert part_of("sdr:claims", "smoke", out, load).measure_costs(shared) == []
+    known = Known.of([], 1)
+    assert part_of("pang:fig_mmd", "smoke", out, load).draw(shared, known) == []
+    return out
+
+
+def _seconds(spec, dataset, shared, arguments):
+    return lambda: 1.0
+
+
+@pytest.fixture
+def papers(begun, tmp_path):
+    return Path(shutil.copytree(begun, tmp_path / "leaderboards"))
+
+
+def paper_lines(folder):
+    store = Store(folder)
+    found, _ = collect(store)
+    made = paper_pages(store, list(found.values()), {})
+    files = file_problems(store, {*made.texts, *folder.glob("digits.*")})
+    differing = [f"{path} differs" for path, text in made.texts.items()
+                 if not path.exists() or path.read_text() != text]  # fmt: skip
+    return [*made.broken, *made.doubts, *files, *differing]
+
+
+def with_cost(which, **changes):
+    """Change the first cost of a function, or its inputs."""
+
+    def plant(folder):
+        kept = json.loads((folder / COSTS).read_text())
+        cost = kept[next(key for key in kept if key.startswith(which))]
+        for name, value in changes.items():
+            where = cost if name in cost else cost["inputs"]
+            where[name] = {**where[name], **value} if isinstance(value, dict) else value
+        (folder / COSTS).write_text(json.dumps(kept))
+
+    return plant
+
+
+def with_text(name, change):
+    return lambda folder: (folder / name).write_text(change((folder / name).read_text()))
+
+
+def with_bytes(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def stray(name):
+    def plant(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+
+    return plant
+
+
+def unknown_cost(folder):
+    text = (folder / COSTS).read_text()
+    (folder / COSTS).write_text(text.replace('"parameters · sdr', '"parameters · rds', 1))
+
+
+PAPERS = {
+    "costs cut": (with_text(COSTS, lambda text: text[:-40]), "are broken"),
+    "no costs": (with_text(COSTS, lambda text: "[1]"), "are broken"),
+    "negative cost": (with_cost("epoch", value=-1.0), "are broken"),
+    "outside": (with_cost("epoch", value=9.0), "does not lie in its interval"),
+    "not a number": (with_cost("epoch", value=float("nan")), "are broken"),
+    "nowhere": (with_cost("epoch", environment={"versions": {}}), "versions lacks torch"),
+    "other images": (with_cost("epoch", datasets={"digits": OTHER}), "digits has other images"),
+    "older": (with_cost("epoch", versions={"standard": "99"}), "standard has another version"),
+    "count": (with_cost("parameters", value=7.0), "is stale, there are"),
+    "unknown cost": (unknown_cost, "the paper has no such cost"),
+    "csv cut": (
+        with_text(FIGURE, lambda text: "".join(text.splitlines(keepends=True)[:-1])),
+        "not as it was written",
+    ),
+    "csv without a table": (with_text(FIGURE, lambda text: ""), "not as it was written"),
+    "csv of nothing": (without(FIGURE.replace("csv", "json")), "fig_mmd.smoke.json is missing"),
+    "csv of something": (stray(FIGURE.replace("csv", "json")), "fig_mmd.smoke.json is broken"),
+    "no csv": (without(FIGURE), "fig_mmd.smoke.csv: it is missing"),
+    "png cut": (with_bytes(FIGURE.replace("csv", "png"), lambda data: data[:-50]), "it is no PNG"),
+    "svg cut": (with_bytes(FIGURE.replace("csv", "svg"), lambda data: data[:-50]), "it is no SVG"),
+    "no svg": (without(FIGURE.replace("csv", "svg")), "fig_mmd.smoke.svg: it is missing"),
+    "board of nothing": (stray("cifar10.md"), "cifar10.md: nothing here writes it"),
+    "costs of nobody": (stray("papers/nope.cpu.costs.json"), "nothing here writes it"),
+    "figure of nobody": (stray("papers/pang/figure.smoke.png"), "nothing here writes it"),
+    "csv without its page": (stray("papers/pang.smoke.csv"), "pang.smoke.md differs"),
+    "figure without records": (stray("papers/ito/figure2.smoke.csv"), "figure2.smoke.csv is stale"),
+}
+
+
+def test_costs_and_figures_as_reproduce_wrote_them_have_no_problem(begun):
+    assert paper_lines(begun) == []
+
+
+@pytest.mark.parametrize(("plant", "words"), PAPERS.values(), ids=PAPERS)
+def test_a_defect_beside_the_records_makes_a_line(plant, words, papers):
+    plant(papers)
+    lines = paper_lines(papers)
+    assert any(words in line for line in lines) and not any("\n" in line for line in lines)
+
+
+def test_a_missing_record_keeps_no_page_from_being_written(robbench, papers):
+    for name in ("ito/figure2.cpu.csv", "ito.cpu.md", "pdd.cpu.md"):
+        path = papers / "papers" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    code, _, err = robbench("leaderboard", "--out", papers)
+    assert code == 0 and "figure2.cpu.csv is stale" in err and "not measured" in err
+    assert all((papers / f"papers/{key}.cpu.md").read_text() for key in ("ito", "pdd"))
+    code, out, _ = robbench("leaderboard", "--check", "--out", papers)
+    assert code == 1 and "figure2.cpu.csv is stale" in out and "not what the records" not in out
 
 
 def test_every_dataset_can_be_described():

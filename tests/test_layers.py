@@ -40,7 +40,7 @@ STEPS = [  # each may import its own step and what stands above it
         "evaluation",
     },
     {"figures"},
-    {"reproducing", "contributions"},
+    {"reproducing", "rendering", "contributions"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -49,6 +49,12 @@ def test_peak_memory_is_that_of_this_call_and_not_of_an_earlier_one():
     assert large.peak - small.peak == pytest.approx(63 * MIB, rel=0.2)
 
 
+def test_peak_memory_on_a_cpu_is_what_the_call_adds():
+    held = torch.ones(64 * MIB // 4)
+    assert cost(lambda: held.sum(), repeats=1).peak < 4 * MIB
+    assert cost(lambda: held * 2, repeats=1).peak == pytest.approx(64 * MIB, rel=0.1)
+
+
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "CLEAR", tmp_path / "absent")
     assert math.isnan(cost(lambda: None, repeats=1).peak)

@@ -136,7 +136,6 @@ def test_jsma_steps_as_often_as_features_may_change(paper, per_step, network, di
     assert torch.equal(craft(spec, network, x, y, threat), plain)
 
 
-
 class Mostly(nn.Module):
     """Right about label 0 in three draws of four."""
 

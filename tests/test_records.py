@@ -274,7 +274,7 @@ def test_a_full_disk_keeps_what_is_there(store, monkeypatch):
     store.put(record())
     other = record(cell(n=N, seed=1))
 
-    def full(self, text):
+    def full(self, text, encoding):
         self.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -284,6 +284,15 @@ def test_a_full_disk_keeps_what_is_there(store, monkeypatch):
             store.put(other)
     assert [each.id for each in store.all()] == [cell().id]
     assert only_file(store) == store.path(cell()), "no temporary file is left"
+
+
+def test_hidden_files_and_folders_are_no_records(store):
+    path = store.put(record())
+    text, hidden = path.read_text(), path.parent.parent / ".hidden" / path.name
+    hidden.parent.mkdir()
+    path.rename(hidden)
+    path.with_name(".forged.json").write_text(text)
+    assert list(store.all()) == []
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/records"])

@@ -9,16 +9,26 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ttest_rel
 from sklearn.metrics import roc_auc_score
 
+from robbench import figures, reproducing, statistics
+from robbench.checkpoints import Shelf
 from robbench.datasets import load as dataset
 from robbench.errors import InputError
+from robbench.executors import measure as measure_cells
 from robbench.grid import Cell, Setting
 from robbench.metrics.diversity import entropy_measure
-from robbench.papers import cells, claims, derived, load, pages
-from robbench.papers.paper import Binding, Claim, Scale
+from robbench.papers import cells, claims, costs, derived, estimate, latex, load, wording
+from robbench.papers.inputs import inputs_on
+from robbench.papers.paper import Binding, Claim, Scale, keys
+from robbench.papers.reproduction import Known
 from robbench.records import Record
+from robbench.rendering import page_files
+from robbench.reproducing import part_of
+from robbench.runner import Shared, Training
+from robbench.tasks import Passes, attack_passes, plan
 from robbench.threat import Threat
 
 BOUND = {"dataset": "digits", "defense": "standard", "attack": "pgd", "norm": "linf", "eps": "0.1"}
@@ -100,8 +110,6 @@ def test_auc_of_an_attack_that_breaks_nothing_is_not_defined():
 
 
 def test_entropy_is_the_measure_of_who_is_right_when_clean(random):
-    import torch
-
     clean = random.integers(0, 2, (3, N)).astype(np.uint8)
     made = [record(np.zeros(N), seed=k, clean_ok=clean[k]) for k in range(3)]
     found = derived.value_of(bound("entropy"), made)
@@ -188,11 +196,20 @@ def measure(value, low, high):
     return Measure(value, Interval(low, high))
 
 
+def curve(x, y, half=float("nan")):
+    return [claims.Point(*each, each[1] - half, each[1] + half) for each in zip(x, y, strict=True)]
+
+
 CURVES = {
-    "up": ([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.5]),
-    "down": ([3, 2, 1, 0], [0.1, 0.2, 0.4, 0.5]),
-    "hill": ([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2]),
-    "flat": ([0, 1, 2, 3], [0.1, 0.1, 0.1, 0.1]),
+    "up": curve([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.5]),
+    "down": curve([3, 2, 1, 0], [0.1, 0.2, 0.4, 0.5]),
+    "hill": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2]),
+    "flat": curve([0, 1, 2, 3], [0.1, 0.1, 0.1, 0.1]),
+    "sure": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2], half=0.05),
+    "vague": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2], half=0.5),
+    "sure climb": curve([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.5], half=0.1),
+    "vague climb": curve([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.5], half=0.4),
+    "elsewhere": curve([4, 5, 6, 7], [0.1, 0.2, 0.4, 0.5]),
 }
 
 
@@ -222,6 +239,16 @@ CURVES = {
         ({"curve": {"figure": "f", "series": ["flat"]}, "holds": "falls"}, "no"),
         ({"curve": {"figure": "f", "series": ["hill"]}, "holds": "rises-then-falls"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up"]}, "holds": "rises-then-falls"}, "no"),
+        ({"curve": {"figure": "f", "series": ["sure"]}, "holds": "rises-then-falls"}, "yes"),
+        ({"curve": {"figure": "f", "series": ["vague"]}, "holds": "rises-then-falls"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["flat"]}, "holds": "rises-then-falls"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["sure climb"]}, "holds": "rises"}, "yes"),
+        ({"curve": {"figure": "f", "series": ["sure climb"]}, "holds": "falls"}, "no"),
+        ({"curve": {"figure": "f", "series": ["vague climb"]}, "holds": "rises"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["vague climb"]}, "holds": "falls"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["sure", "flat"]}, "holds": "positive"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["sure", "sure climb"]}, "holds": "zero"}, "yes"),
+        ({"number": "a", "value": "~0.26 x 200"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up", "flat"]}, "holds": "widens"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up", "up"]}, "holds": "widens"}, "no"),
         ({"text": "a definition"}, "a definition"),
@@ -230,6 +257,44 @@ CURVES = {
 def test_whether_a_claim_holds(claim, holds):
     measures = {"a": measure(0.52, 0.49, 0.55), "b": measure(0.3, 0.27, 0.33)}
     assert judged(claim, measures).holds == holds
+
+
+def test_two_numbers_without_intervals_are_in_no_clear_order():
+    nothing = float("nan")
+    measures = {"a": measure(0.5, nothing, nothing), "b": measure(0.3, 0.2, 0.4)}
+    assert judged({"order": [["a", "b"]]}, measures).holds == "undecided"
+
+
+def test_a_difference_of_shares_is_as_wide_as_their_own_bounds():
+    """56 of 70 against 48 of 80: 0.0524 to 0.3339 (Newcombe, Statist. Med. 17, 1998, table II,
+    method 10). 15 of 60 against 0 of 12 is no clear difference."""
+    first, second = statistics.proportion(56, 70), statistics.proportion(48, 80)
+    found = claims.apart(measure(0.8, *first), measure(0.6, *second))
+    assert found.interval == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    few, none = statistics.proportion(15, 60), statistics.proportion(0, 12)
+    assert claims.apart(measure(0.25, *few), measure(0, *none)).interval.low < 0
+
+
+def test_curves_at_other_places_are_not_compared():
+    claim = {"curve": {"figure": "f", "series": ["up", "elsewhere"]}, "holds": "positive"}
+    assert "at the same x" in judged(claim, {}).holds
+
+
+def test_the_spread_over_five_runs_has_the_interval_of_a_normal_law(random):
+    """0.599 and 2.874 times the standard deviation, as any table of χ² with 4 degrees says."""
+    runs = [record(random.integers(0, 2, N)) for _ in range(5)]
+    found = derived.value_of(bound("spread"), runs)
+    accuracies = [each.ok.mean() for each in runs]
+    assert found.value == pytest.approx(np.std(accuracies, ddof=1))
+    assert found.interval == pytest.approx((0.599 * found.value, 2.874 * found.value), rel=1e-3)
+
+
+def test_runs_are_attacks_or_trainings():
+    for vary in ("seed", "train_seed"):
+        made = derived.bindings_of(bound("spread", runs=3, vary=vary), 1)
+        assert [getattr(each, vary) for each in made] == [0, 1, 2]
+    with pytest.raises(InputError, match="train_seed"):
+        derived.bindings_of(bound("spread", vary="trainseed"), 1)
 
 
 def test_a_claim_without_a_measure_says_why():
@@ -245,7 +310,7 @@ def test_a_claim_has_one_counterpart():
 
 def test_bibtex_has_a_balanced_entry_for_every_paper():
     for key in ("enresnet", "ito", "pang", "pdd", "sdr"):
-        entry = pages.bibtex(load(key))
+        entry = latex.bibtex(load(key))
         assert re.match(rf"@\w+{{{key},\n", entry)
         assert entry.count("{") == entry.count("}")
         assert len(re.findall(r"^  title = ", entry, re.MULTILINE)) == 1
@@ -275,20 +340,25 @@ def shown(robbench, out, form, what="enresnet:table7"):
 
 
 def test_formats_agree(robbench, out):
-    rows = json.loads(shown(robbench, out, "json"))
+    tree = json.loads(shown(robbench, out, "json"))
+    rows = tree["tables"]["table7"]["rows"]
     lines = list(csv.DictReader(io.StringIO(shown(robbench, out, "csv"))))
     assert len(rows) == len(lines) == 8
     for row, line in zip(rows, lines, strict=True):
         assert line["number"] == row["number"] and float(line["measured"]) == row["measured"]
         assert row["low"] <= row["measured"] <= row["high"]
         assert (row["dataset"], row["n"], row["epochs"]) == ("digits", "10", "1")
-    latex = shown(robbench, out, "latex")
-    grid = [line for line in latex.splitlines() if line.rstrip().endswith(r"\\")]
-    assert len(grid) == 5 and {line.count("&") for line in grid} == {8}
-    assert f"{rows[1]['measured']:.1f} ({rows[1]['low']:.1f}--" in latex
-    assert r"\cite{enresnet}" in latex
-    markdown = shown(robbench, out, "markdown")
-    assert f"{rows[1]['measured']:.1f} ({rows[1]['low']:.1f}–" in markdown
+    text, markdown, tex = (shown(robbench, out, form) for form in ("text", "markdown", "latex"))
+    for form, dash in ((text, "–"), (markdown, "–"), (tex, "--")):
+        plain = " ".join(form.split())
+        assert f"{rows[1]['measured']:.1f} ({rows[1]['low']:.1f}{dash}" in plain
+        assert "strongest (95" in plain and "verdict" in plain
+        for note in load("enresnet").tables["table7"].notes:
+            assert latex.escaped(note) in plain if form == tex else note in plain
+    assert tree["tables"]["table7"]["notes"] == list(load("enresnet").tables["table7"].notes)
+    assert sum(line.count(" & ") == 4 for line in tex.splitlines()) == 1 + len(rows)
+    assert "digits $\\cdot$ quick(width=4) $\\cdot$ n = 10 $\\cdot$ 1 epochs" in tex
+    assert r"\cite{enresnet}" in tex
     assert shown(robbench, out, "bibtex").startswith("@")
 
 
@@ -298,12 +368,206 @@ def test_claims_that_nothing_was_measured_for_say_so(robbench, out):
     assert "not measured" in text and max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        ({"number": "a", "value": 2}, "the published value lies in the interval"),
+        ({"number": "a", "holds": "above:1.5"}, "more than 1.5"),
+        ({"number": "a", "holds": "below:5"}, "less than 5"),
+        ({"differ": ["a", "b"], "holds": "zero"}, "within ±2"),
+        ({"differ": ["a", "b"], "holds": "negative"}, "less than 0"),
+        ({"order": [["a", "b"]]}, "more than 0"),
+        ({"order": [["a", "b"], ["b", "c"]]}, "each of 2 pairs in this order, clearly"),
+        ({"curve": {"figure": "f", "series": ["up"]}, "holds": "zero:3"}, "f: within ±3"),
+        ({"text": "a setting"}, ""),
+    ],
+)
+def test_a_rule_is_said_in_words(claim, words):
+    assert wording.rule(Claim(what="w", where="1", **claim)) == words
+
+
+def test_every_rule_of_the_papers_has_words():
+    said = [wording.rule(claim) for key in keys() for claim in load(key).claims]
+    assert not [words for words in said if re.fullmatch(r"[a-z-]+(:.*)?", words)]
+
+
+def test_every_format_of_a_claim_has_its_rule_its_note_and_what_it_was_measured_on(robbench, out):
+    what = "sdr:claims"
+    rows = json.loads(shown(robbench, out, "json", what))["claims"]
+    (row,) = [row for row in rows if row["claim"].startswith("clean accuracy by which SDR-L")]
+    assert (row["dataset"], row["n"], row["epochs"]) == ("digits", "10", "1")
+    assert row["rule"] == "more than 0" and row["note"] and row["networks"] and row["cells"]
+    lines = list(csv.DictReader(io.StringIO(shown(robbench, out, "csv", what))))
+    assert row.items() - {("published", row["published"])} <= lines[rows.index(row)].items()
+    grounds = f"{row['dataset']} · {row['networks']} · n = {row['n']} · {row['epochs']} epochs"
+    for form in ("text", "markdown", "latex"):
+        plain = " ".join(shown(robbench, out, form, what).split())
+        said = [row["claim"], row["rule"], row["note"]]
+        said += [row["networks"]] if form == "markdown" else [grounds]
+        for each in said:
+            assert (latex.escaped(each) if form == "latex" else each) in plain
+    (cost,) = [row for row in rows if row["claim"] == "trained parameters of ResNet-18"]
+    assert (cost["dataset"], cost["n"]) == ("digits", "") and cost["networks"]
+
+
+def test_claims_are_a_file_beside_the_page(tmp_path):
+    part = part_of("sdr", "smoke", tmp_path, dataset)
+    files = page_files(part, Known.of([], part.least))
+    lines = list(csv.DictReader(io.StringIO(files[tmp_path / "papers" / "sdr.smoke.claims.csv"])))
+    assert [line["claim"] for line in lines] == [claim.what for claim in part.paper.claims]
+
+
+def test_a_table_of_words_is_its_words_in_every_format(robbench, tmp_path):
+    for form in ("text", "markdown", "latex", "csv", "json"):
+        assert "engineered" in shown(robbench, tmp_path, form, "pang:text_attacks")
+
+
+def test_a_caption_is_escaped_as_the_rows_are(robbench, tmp_path):
+    (caption,) = re.findall(r"\\caption.*", shown(robbench, tmp_path, "latex", "ito:table2"))
+    assert r"20 models $\times$ 20 inferences" in caption and caption.isascii()
+
+
+def test_no_sign_of_the_papers_is_unknown_to_latex():
+    for key in keys():
+        assert re.sub("ô", "", latex.escaped(load(key).model_dump_json())).isascii()
+
+
+def test_a_long_table_comes_as_several_floats(robbench, tmp_path):
+    tex = shown(robbench, tmp_path, "latex", "pang:mmc_whitebox")
+    floats = tex.count(r"\begin{table*}")
+    assert floats > 1 and f"Part {floats} of {floats}." in tex
+    assert len(set(re.findall(r"\\label{.*}", tex))) == floats
+
+
+def test_a_figure_is_its_data_or_says_how_to_draw_it(robbench, tmp_path):
+    what, files = "sdr:figure7", tmp_path / "papers" / "sdr"
+    for form in ("text", "markdown"):
+        text = shown(robbench, tmp_path, form, what)
+        assert "not drawn yet; write robbench reproduce sdr:figure7 --scale smoke" in text
+        assert ".svg" not in text
+    call = ("reproduce", what, "--scale", "smoke", "--out", tmp_path, "--show", "--format")
+
+    def drawn(form):
+        code, text, _ = robbench(*call, form)
+        assert code == 0
+        return text
+
+    for form in ("latex", "csv", "json"):
+        code, text, err = robbench(*call, form)
+        assert (code, text, err.count("\n")) == (2, "", 1) and "not drawn yet" in err
+    files.mkdir(parents=True)
+    for kind in ("svg", "png", "csv"):
+        (files / f"figure7.smoke.{kind}").write_text("x,y\n1,2\n")
+    assert drawn("csv") == "x,y\n1,2\n"
+    assert json.loads(drawn("json"))["figures"]["figure7"]["rows"] == [{"x": "1", "y": "2"}]
+    assert r"\includegraphics" in drawn("latex") and ".svg" in drawn("text")
+
+
+def test_a_mere_diagram_has_no_data(robbench, tmp_path):
+    assert "not drawn, " in shown(robbench, tmp_path, "text", "sdr:figure2")
+    call = ("reproduce", "sdr:figure2", "--out", tmp_path, "--show", "--format", "csv")
+    code, _, err = robbench(*call)
+    assert code == 2 and "a diagram of the architecture" in err
+
+
+def test_a_table_says_which_cells_it_shares_with_another():
+    paper = load("enresnet")
+    first, second = [
+        [claims.Line(number, None, (record([1], seed=k).cell,), None, "") for k, number in chosen]
+        for chosen in (
+            list(enumerate(paper.tables["table1"].numbers("table1")))[:3],
+            list(enumerate(paper.tables["table2"].numbers("table2"), 1))[:4],
+        )
+    ]
+    notes = wording.notes_of(paper, {"table1": first, "table2": second})
+    assert notes["table1"] == list(paper.tables["table1"].notes)
+    assert notes["table2"][-1] == (
+        "At this scale 2 of 4 numbers share their cells with another table: 2 with table1."
+    )
+
+
+def test_a_number_of_several_cells_states_all_of_them():
+    made = record([1]).cell
+    other = made.model_copy(update={"dataset": "mnist", "n": 7})
+    number = load("enresnet").numbers()[0]
+    line = claims.Line(number, None, (made, other, made), None, "")
+    assert wording.stated([line])[::2] == ["digits; mnist", "1; 7"]
+
+
 def test_an_estimate_runs_nothing(robbench, tmp_path):
     code, text, _ = robbench(
         "reproduce", "enresnet:table7", "--scale", "smoke", "--out", tmp_path, "--estimate"
     )
     assert code == 0 and re.match(r"\d+ trainings, about .* on 8 cells", text)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_trainings_for_figures_alone_are_estimated_and_run_as_tasks(robbench, tmp_path):
+    call = ("reproduce", "sdr:figure8", "--scale", "smoke", "--out", tmp_path, "--workers", "1")
+    code, text, _ = robbench(*call, "--estimate")
+    assert code == 0
+    assert re.match(r"\d+ trainings, about .*; 0 shards of attacks on 0 cells", text)
+    assert re.search(r"For figures alone \d trainings and 0 attacks more", text)
+    code, _, err = robbench(*call)
+    assert code == 0 and err.count("  trained ") == int(text.split()[0])
+    assert robbench(*call, "--estimate")[1] == "No training and no attack is missing.\n"
+
+
+@pytest.mark.parametrize(
+    ("what", "needed"),
+    [
+        ("ito:figure1", {"ito(", "standard("}),
+        ("pdd:figure5", {"pdd+deg("}),
+        ("enresnet:table7", set()),
+    ],
+)
+def test_a_part_names_what_its_figures_deploy(tmp_path, what, needed):
+    found = part_of(what, "smoke", tmp_path, dataset).trainings()
+    assert {each.defense.partition("(")[0] + "(" for each in found} == needed
+
+
+def test_what_needs_a_failed_training_is_told_why(tmp_path):
+    shared = Shared(tmp_path, None, torch.device("cpu"))
+    wanted = Training("digits", "standard(epochs=1, lr=1e+30, network=mlp, optimizer=sgd)")
+    assert not list(measure_cells([], None, shared, trainings=[wanted]))
+    with pytest.raises(InputError, match="is not trained: Diverged"):
+        shared.deploy(wanted.defense, dataset("digits"), 0)
+
+
+def test_an_estimate_takes_the_passes_of_recorded_attacks(tmp_path, monkeypatch):
+    kept = record(np.ones(N))
+    asked = kept.cell.model_copy(update={"seed": 1})
+    shared = Shared(tmp_path, None, torch.device("cpu"))
+    threads = []
+    monkeypatch.setattr(estimate, "_timed", lambda *_: threads.append(torch.get_num_threads()) or 1)
+    monkeypatch.setattr(estimate, "_trained", lambda *_: 0)
+    monkeypatch.setattr(estimate._Clock, "runs", {})
+    tasks = plan([asked], shared)
+    torch.set_num_threads(2)
+    try:
+        guessed = estimate.seconds(tasks, [], [], shared).attack
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert guessed == N * (20 + 1)  # steps, and the judge
+    run = estimate.Run(kept.cell, Passes(3, 2), 1, None)
+    monkeypatch.setattr(estimate._Clock, "runs", {"pgd": [run]})
+    assert estimate.seconds(tasks, [], [], shared).attack == N * (3 + 1)
+    assert set(threads) == {1}  # as many as a worker has
+
+
+@pytest.mark.parametrize(
+    ("attack", "defense", "forwards", "backwards"),
+    [
+        ("pgd(restarts=2, steps=5)", "standard", 10, 10),
+        ("spsa(samples=3, steps=5)", "standard", 2 * 3 * 5, 0),
+        ("square(queries=50)", "ensemble(members=3)", 3 * 50, 0),
+        ("cw(search=2, steps=5)", "ensemble(members=3)[0]", 10, 10),
+    ],
+)
+def test_passes_are_what_the_settings_of_an_attack_say(attack, defense, forwards, backwards):
+    made = record([1]).cell.model_copy(update={"attack": attack, "defense": defense})
+    assert attack_passes(made) == Passes(forwards, backwards)
 
 
 def test_what_there_is_is_listed(robbench):
@@ -320,11 +584,159 @@ def test_what_there_is_is_listed(robbench):
         (["enresnet:tabel1"], "unknown part of enresnet 'tabel1'; did you mean 'table1'"),
         (["enresnt"], "unknown paper 'enresnt'; did you mean 'enresnet'"),
         (["sdr", "--estimate", "--show"], "write one"),
+        (["sdr", "--show", "--timeout", "-1"], "timeout = -1.0: write a positive number"),
+        (["sdr", "--estimate", "--timeout", "nan"], "timeout = nan: write a positive number"),
+        (["sdr", "--show", "--out", __file__], "is a file; write the folder of the records"),
         (["enresnet:table1", "--scale", "paper"], "robbench data cifar10"),
     ],
 )
 def test_a_mistake_is_one_line(robbench, tmp_path, arguments, message):
-    call = ["reproduce", *arguments, "--out", tmp_path, "--data-dir", tmp_path]
+    call = ["reproduce", "--out", tmp_path, "--data-dir", tmp_path, *arguments]
     code, out, err = robbench(*call)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+def taking(*seconds):
+    """A function of costs whose rounds take these seconds, and the order in which it was asked."""
+    asked, left = [], {}
+
+    def prepare(spec, data, shared, arguments):
+        left[spec] = iter(seconds[len(left)])
+
+        def take():
+            asked.append(spec)
+            return next(left[spec])
+
+        return take
+
+    return costs.Function(prepare, 3), asked
+
+
+SMOKE = Scale(recipe={"epochs": 1})
+EPOCH = Binding(
+    kind="cost",
+    function="epoch-seconds",
+    dataset="digits",
+    defense="pgd-at(network=quick(width=4))",
+    arguments={"over": {"defense": "standard(network=quick(width=4))"}},
+)
+
+
+def shared_in(folder):
+    return Shared(folder, None, torch.device("cpu"))
+
+
+def test_a_ratio_of_costs_is_the_median_of_rounds_in_turn(monkeypatch, tmp_path):
+    function, asked = taking((2.0, 9.0, 3.0), (1.0, 1.0, 2.0))
+    monkeypatch.setitem(costs.FUNCTIONS, "epoch-seconds", function)
+    found = costs.measure_cost(EPOCH, SMOKE, dataset, shared_in(tmp_path))
+    assert (found.value, found.interval) == (2.0, (1.5, 9.0))
+    assert len(asked) == 6 and asked[::2] == asked[:1] * 3 and asked[1::2] == asked[1:2] * 3
+    assert list(found.inputs.versions) == asked[:2] and found.inputs.threads == 1
+
+
+def test_a_cost_that_the_system_does_not_tell_is_not_kept(monkeypatch, tmp_path):
+    function, _ = taking((float("nan"),) * 3, (1.0,) * 3)
+    monkeypatch.setitem(costs.FUNCTIONS, "epoch-seconds", function)
+    with pytest.raises(InputError, match="cannot be measured on cpu"):
+        costs.measure_cost(EPOCH, SMOKE, dataset, shared_in(tmp_path))
+
+
+def test_an_epoch_is_timed_by_its_first_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "BATCHES", 2)
+    sizes = []
+    real = costs.train
+    monkeypatch.setattr(costs, "train", lambda *a: sizes.append(len(a[2].train.y)) or real(*a))
+    found = costs.measure_cost(EPOCH, SMOKE, dataset, shared_in(tmp_path))
+    assert sizes == [256] * 8 and found.value > 2  # two defenses: once to warm up, three rounds
+    assert not list(tmp_path.iterdir())
+
+
+def test_costs_of_two_processes_are_all_kept(monkeypatch, tmp_path):
+    part = part_of("sdr:claims", "smoke", tmp_path, dataset)
+    kept = costs.Kept(value=1.0, inputs=inputs_on(torch.device("cpu")))
+    wanted = list(part._costly)
+
+    def measured(*arguments):
+        others = costs.read_costs(part.costs_file)
+        costs.write_costs(part.costs_file, {**others, wanted[-1]: kept})  # the other process
+        return kept
+
+    monkeypatch.setattr(reproducing, "measure_cost", measured)
+    assert part.measure_costs(shared_in(tmp_path)) == []
+    assert costs.read_costs(part.costs_file).keys() == part.costs.keys() == set(wanted)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_a_cost_was_measured_on_must_be_what_is_there(tmp_path):
+    cpu, shelf, key = torch.device("cpu"), Shelf([tmp_path]), "0" * 64
+    data = {"digits": dataset("digits").hash}
+    made = inputs_on(cpu, datasets=data, versions={"standard": "1"}, weights={key: "a" * 64})
+    assert made.outdated(dataset, shelf) is None and made.made_here(cpu)
+    (tmp_path / f"{key}.json").write_text(json.dumps({"key": key, "sha256": "b" * 64}))
+    assert "trained again" in made.outdated(dataset, shelf)
+    assert not made.model_copy(update={"threads": 99}).made_here(cpu)
+    elsewhere = made.environment.model_copy(update={"device": "NVIDIA"})
+    assert not made.model_copy(update={"environment": elsewhere}).made_here(cpu)
+
+
+def test_costs_of_another_device_are_measured_again(monkeypatch, tmp_path):
+    part = part_of("sdr:claims", "smoke", tmp_path, dataset)
+    made = inputs_on(torch.device("cpu"))
+    there = made.environment.model_copy(update={"device": "NVIDIA"})
+    old = costs.Kept(value=2.0, inputs=made.model_copy(update={"environment": there}))
+    costs.write_costs(part.costs_file, dict.fromkeys(part._costly, old))
+    part.look_up_costs()
+    assert len(part.costs) == len(part._costly)  # --show takes them as they are
+    new = costs.Kept(value=1.0, inputs=made)
+    monkeypatch.setattr(reproducing, "measure_cost", lambda *arguments: new)
+    part.measure_costs(shared_in(tmp_path))
+    for key, measure in part.costs.items():
+        assert measure.value == (1.0 if costs.timed(part._costly[key]) else 2.0)
+
+
+def test_computed_data_is_made_again_where_it_is_cut_or_of_something_else(tmp_path, monkeypatch):
+    part, known = part_of("pang:fig_mmd", "smoke", tmp_path, dataset), Known.of([], 1)
+    file = part.data_of("fig_mmd")
+    assert part.draw(shared_in(tmp_path), known) == []
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert "not as it was written" in " ".join(part.doubts(known))
+    part.draw(shared_in(tmp_path), known)
+    assert file.read_text() == whole and part.doubts(known) == []
+    name = str(part.figures["fig_mmd"].draw)
+    monkeypatch.setitem(figures.drawings._entries, name, newer(figures.drawings.get(name)))
+    assert "the figure or the scale has changed" in " ".join(part.doubts(known))
+
+
+def newer(drawing):
+    return drawing._replace(version=drawing.version + 1)
+
+
+@pytest.mark.parametrize("text", ["series,x,y\na,1", "series,x,y\na,1\n", "a\n1,2\n", 'a\n"1'])
+def test_broken_data_of_a_figure_is_a_line(tmp_path, text):
+    (tmp_path / "f.csv").write_text(text)
+    with pytest.raises(InputError, match="f.csv is broken; delete the file and run"):
+        figures.read(tmp_path / "f.csv")
+
+
+def test_a_figure_whose_records_are_missing_stops_no_page(tmp_path):
+    part, known = part_of("ito", "smoke", tmp_path, dataset), Known.of([], 1)
+    figures.write(part.data_of("figure2"), [{"series": "a", "x": 1, "y": 2}])
+    pages = page_files(part, known)
+    assert part.data_of("figure2") not in pages and len(pages) == 3
+    assert "figure2.smoke.csv is stale" in " ".join(part.doubts(known))
+
+
+def test_show_says_what_is_stale_in_a_line(robbench, tmp_path):
+    part = part_of("sdr:claims", "smoke", tmp_path, dataset)
+    old = inputs_on(torch.device("cpu"), versions={"standard": "0"})
+    key = next(iter(part._costly))
+    costs.write_costs(part.costs_file, {key: costs.Kept(value=2.0, inputs=old)})
+    call = ("reproduce", "sdr:claims", "--scale", "smoke", "--out", tmp_path, "--show")
+    code, _, err = robbench(*call)
+    assert code == 0 and err.count("\n") == 1 and "stale, standard has another version" in err
+    part.costs_file.write_text("[1]")
+    code, out, err = robbench(*call)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "delete the file" in err

@@ -382,6 +382,30 @@ def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(p: list[float]
     assert ranked == sorted(ranked)
 
 
+def placements(
+    first: NDArray[np.float64], second: NDArray[np.float64]
+) -> list[NDArray[np.float64]]:
+    above = np.array([(first > each).mean() for each in second])
+    return [above, np.array([(second < each).mean() for each in first])]
+
+
+@pytest.mark.parametrize("together", [0.0, 0.8])
+def test_the_interval_of_an_auc_covers_it(together: float) -> None:
+    """Normal scores one standard deviation apart, of the same images with this correlation."""
+    random, truth, hits = np.random.default_rng(0), stats.norm.cdf(1 / math.sqrt(2)), 0
+    for _ in range(400):
+        first, own = random.normal(size=60), random.normal(size=60)
+        second = together * first + math.sqrt(1 - together**2) * own - 1
+        low, high = statistics.placement(*placements(first, second))
+        hits += low <= truth <= high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_an_auc_of_1_says_no_more_than_its_images() -> None:
+    first, second = np.array([3.0, 4.0, 5.0]), np.array([0.0, 1.0, 2.0])
+    assert statistics.placement(*placements(first, second)) == statistics.proportion(3, 3)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -391,6 +415,7 @@ def test_holm_keeps_the_order_and_lies_between_raw_and_bonferroni(p: list[float]
         (lambda: statistics.needed(40, 0.01), "40 % is written 0.4"),
         (lambda: statistics.needed(0.4, 1), "one point is written 0.01"),
         (lambda: statistics.mean([]), r"values has shape \(0,\)"),
+        (lambda: statistics.placement([0.5], [0.5, 1]), "compare the same images"),
         (lambda: statistics.mean([[0.5]]), r"values has shape \(1, 1\)"),
         (lambda: statistics.mean([0.5, float("nan")]), "values holds NaN"),
         (lambda: statistics.mean([0.5, 1.5]), "reaches from 0.5 to 1.5"),

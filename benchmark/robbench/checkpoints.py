@@ -13,10 +13,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import safetensors
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load, save_file
 from torch import nn
 
@@ -25,7 +26,7 @@ from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
 from robbench.detectors import Denial, Detected, Evasion, calibrate
-from robbench.errors import InputError
+from robbench.errors import InputError, problem_of
 from robbench.frozen import Frozen
 from robbench.networks import load_torchvision, torchvision_weights
 from robbench.randomness import preserved_random_state
@@ -169,6 +170,16 @@ class Shelf:
         """Train what the key says: fields of inference at their defaults, so that a sibling
         without noise does not leave its own weights under the key that both share."""
         defense = resolve(configured.training_spec)[0]
+        members = self.beginning(defense, key, dataset, train_seed, device)
+        snapshot = self.folders[-1] / f".{key}.partial"
+        curve = train(defense, members, dataset, train_seed, device, progress, snapshot)
+        defense.calibrate(members, dataset)
+        return self._save(members, key, defense, dataset, train_seed, curve)
+
+    def beginning(
+        self, defense: Defense, key: str, dataset: Dataset, train_seed: int, device: torch.device
+    ) -> nn.ModuleList:
+        """The members of a defense, as its training_spec says it, before the first step."""
         torch.manual_seed(derive("init", train_seed, key))
         members = defense.build(dataset.shape, len(dataset.labels))
         if not defense.joint:  # a member does not depend on how many there are
@@ -180,10 +191,7 @@ class Shelf:
         self._start(defense, members, dataset, train_seed, device)
         members.to(device)
         defense.calibrate(members, dataset)  # what is looked at while training needs it too
-        snapshot = self.folders[-1] / f".{key}.partial"
-        curve = train(defense, members, dataset, train_seed, device, progress, snapshot)
-        defense.calibrate(members, dataset)
-        return self._save(members, key, defense, dataset, train_seed, curve)
+        return members
 
     def _start(
         self,
@@ -278,6 +286,32 @@ def _load(members: nn.ModuleList, path: Path) -> str:
     ) as error:  # fmt: skip
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint {path} cannot be read ({problem}); {remedy}") from None
+
+
+def recipe_of(weights: Path) -> Mapping[str, Any]:
+    """The recipe beside a checkpoint: its `sha256`, and the points of its `curve` with their
+    `seconds`, none in the oldest. InputError for what is none."""
+    path = weights.with_suffix(".json")
+    try:
+        return _Recipe.model_validate_json(path.read_bytes()).model_dump()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: the checkpoint is broken ({problem_of(error)}); delete it and its weights,"
+            " and it is trained again"
+        ) from None
+
+
+class _Point(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    epoch: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class _Recipe(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    key: str
+    sha256: str
+    curve: list[_Point] = []
 
 
 def _sha256(path: Path) -> str:

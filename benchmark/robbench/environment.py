@@ -7,13 +7,32 @@ import platform
 import subprocess
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from robbench.errors import InputError, unknown
 
 LIBRARIES = ("torch", "torchvision", "torchattacks", "adversarial-robustness-toolbox", "numpy")
+
+
+class Environment(BaseModel):
+    """What every record says of where it was made."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    robbench: str
+    python: str
+    versions: dict[str, str]
+    device: str
+    # none of what is no checkout: an installed wheel, an unpacked archive
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Environment:
+        if missing := [name for name in LIBRARIES if name not in self.versions]:
+            raise ValueError(f"versions lacks {', '.join(missing)}")
+        return self
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,6 +10,17 @@ class InputError(ValueError):
     """Bad input; the message says what came in, what is allowed and what to write instead."""
 
 
+def problem_of(error: Exception) -> str:
+    """The first line of what went wrong; of what a model refuses, the first field with it."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error).partition("\n")[0] or type(error).__name__
+    first = error.errors()[0]
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, first['loc']))}: {text}" if first["loc"] else text
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> InputError:
     """The error for a name that does not exist, with the nearest ones that do.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from robbench.audit import is_diagnostic
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.records import Record, Store
-from robbench.runner import Part, Shared, images_of, merge, reason_of, shards
+from robbench.runner import Part, Shared, Training, images_of, merge, reason_of, shards
 from robbench.tasks import (
     Outcome,
     Report,
@@ -42,6 +42,7 @@ def measure(
     *,
     timeout: float | None = None,
     strict: bool = True,
+    trainings: Iterable[Training] = (),
 ) -> Iterator[Record]:
     """Run the cells and yield a record as soon as all of its shards are there; it is written
     first. A cell that cannot be measured yields a failed record.
@@ -49,15 +50,20 @@ def measure(
     timeout: seconds that a training, or the work on one shard of images, may take. strict: an
     InputError where bad input let nothing run but diagnostics, and no record of them; otherwise,
     and wherever another cell did run, what was refused is failed records, after the others.
+    trainings: what else is to be trained. Why a training failed stands in `shared.untrained`, and
+    whoever needs it is told.
     """
     if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
         raise InputError(f"timeout = {timeout}: write a positive number of seconds or leave it out")
     parts: dict[str, list[Part]] = {cell.id: [] for cell in cells}
     refused: list[Record] = []
     sizes = {cell.id: len(shards(cell.n, shared.dataset(cell.dataset).shape)) for cell in cells}
-    for outcome in execute(plan(cells, shared), shared, workers, report, timeout):
+    shared.untrained.clear()
+    for outcome in execute(plan(cells, shared, trainings), shared, workers, report, timeout):
         if not outcome.reason:
             finished(outcome.task)
+        elif outcome.task.kind == "train":
+            shared.untrained[outcome.task.id] = outcome.reason
         for part in _parts(outcome):
             collected = parts[part.cell.id]
             collected.append(part)

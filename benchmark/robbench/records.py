@@ -25,11 +25,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
-from robbench.errors import InputError
+from robbench.errors import InputError, problem_of
 from robbench.grid import Cell
 
 SCHEMA = 1
@@ -166,27 +165,23 @@ class Store:
         (N, C, H, W), written first; without them those of an older record go."""
         path = self.path(record.cell)
         self._there(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(file: Path) -> None:
             if images is None:
                 images_file(path).unlink(missing_ok=True)
-            else:
-                with temporary.open("wb") as file:
-                    np.savez_compressed(file, x=images)
-                temporary.replace(images_file(path))
-            temporary.write_text(record.text())
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise unwritable(path.parent, error) from None
+            file.write_text(record.text(), encoding="utf-8")
+
+        if images is not None:
+            write_whole(images_file(path), lambda file: _save_images(file, images))
+        write_whole(path, write)
         return path
 
     def all(self, dataset: str | None = None) -> Iterator[Record]:
         """Every readable record of this schema, in the order of paths."""
         pattern = f"{_folder_name(dataset) if dataset else '*'}/*/*.json"
         for path in sorted(self.folder.glob(pattern)):
+            if any(part.startswith(".") for part in path.relative_to(self.folder).parts):
+                continue  # the store names nothing so but what it is just writing
             record = read(path)
             if record is not None:
                 yield record
@@ -234,6 +229,29 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file in UTF-8; its folder is made."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Under a temporary name, then renamed: a reader sees the old file or all of the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path.parent, error) from None
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file has the name of one that is just being written."""
+    return re.fullmatch(r"\.(.+\.)?\d+\.tmp", path.name) is not None
+
+
 def unwritable(folder: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
     return InputError(
@@ -250,6 +268,11 @@ def images_file(path: Path) -> Path:
 def images_digest(images: np.ndarray) -> str:
     """SHA-256 of the little-endian float32 pixels, whatever they are compressed with."""
     return hashlib.sha256(np.ascontiguousarray(images, dtype="<f4").data).hexdigest()
+
+
+def _save_images(path: Path, images: np.ndarray) -> None:
+    with path.open("wb") as file:  # NumPy would append .npz to a name
+        np.savez_compressed(file, x=images)
 
 
 def read_images(path: Path) -> np.ndarray:
@@ -281,19 +304,11 @@ def read(path: Path) -> Record | None:
     except OSError as error:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        problem = _problem(error)
+        problem = problem_of(error)
         raise InputError(f"the record {path} is broken ({problem}); {remedy}") from None
     if record.id != record.cell.id:
         raise InputError(f"the record {path} is broken (its id is not that of its cell); {remedy}")
     return record
-
-
-def _problem(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error).splitlines()[0]
-    first = error.errors()[0]
-    text = first["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(map(str, first['loc']))}: {text}" if first["loc"] else text
 
 
 def _folder_name(text: str) -> str:

@@ -1,12 +1,11 @@
-"""Measures what a part of a paper needs, keeps it, and gives it back in the format asked for."""
+"""Measures what a part of a paper needs, and keeps it."""
 
 from __future__ import annotations
 
-import json
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,31 @@ import torch
 
 from robbench import figures, registry
 from robbench.audit.planning import probes
-from robbench.checkpoints import Shelf, key_of
+from robbench.checkpoints import Shelf, key_of, recipe_of
 from robbench.datasets import Dataset, kind
 from robbench.datasets.described import FACTS, described
 from robbench.defense import resolve
 from robbench.errors import InputError
+from robbench.figures import Drawing, Rows
+from robbench.figures.kept import keep, outdated, plan_of
 from robbench.grid import Cell
 from robbench.metrics import Measure
 from robbench.papers import claims as spoken
-from robbench.papers import pages
-from robbench.papers.costs import cost_key, measure_cost, read_costs, write_costs
-from robbench.papers.derived import UNKNOWN
+from robbench.papers.costs import (
+    DEPLOYED,
+    cost_key,
+    counted,
+    deployed,
+    measure_cost,
+    read_costs,
+    timed,
+    write_costs,
+)
+from robbench.papers.inputs import Noting
 from robbench.papers.paper import SCALES, Binding, Figure, Number, Paper, keys, select
 from robbench.papers.reproduction import Known, Line, Reproduction
 from robbench.records import Store
-from robbench.runner import Shared
+from robbench.runner import Shared, Training
 from robbench.tables import as_csv
 
 CLAIMS = "claims"
@@ -45,8 +54,10 @@ class Part:
     part: str | None = None
 
     def __post_init__(self) -> None:
-        self.costs = read_costs(self.costs_file)
+        self.costs: dict[str, Measure] = {}
+        self.stale: dict[str, str] = {}  # cost key -> why what is kept does not count
         self.reproduction = Reproduction(self.paper, self.scale, self.load, self.costs)
+        self.look_up_costs()
 
     @property
     def costs_file(self) -> Path:
@@ -104,27 +115,107 @@ class Part:
         looked = probes(cells, lambda name: len(self.load(name).test.y))
         return list({cell.id: cell for cell in (*cells, *looked)}.values())
 
-    def measure_costs(self, shared: Shared) -> None:
-        """The costs that nobody has measured yet, kept one by one."""
-        overlay = self.reproduction.overlay
-        for number in self.numbers():
-            binding = number.binding
-            if binding.kind != "cost" or cost_key(binding, overlay) in self.costs:
+    def trainings(self, shelf: Shelf | None = None) -> list[Training]:
+        """What costs and figures that are to be measured need trained; of an epoch that is timed
+        what it starts from."""
+        found = []
+        for key, binding in self._costs_of(self.numbers()).items():
+            for dataset, spec in deployed(binding, self.reproduction.overlay):
+                if key in self.costs:
+                    continue
+                if binding.function in DEPLOYED:
+                    found.append(Training(dataset, spec))
+                elif binding.function == "epoch-seconds":
+                    bases = [part.base_spec() for part in resolve(spec)]
+                    found += [Training(dataset, str(base)) for base in bases if base]
+        for drawing, arguments in self._computed(shelf):
+            found += drawing.trainings(self.reproduction, arguments)
+        for cell in self.shown(shelf):
+            found += [
+                Training(cell.dataset, spec, cell.train_seed)
+                for spec in (*cell.sources(), cell.defense)
+            ]
+        return list(dict.fromkeys(found))
+
+    def shown(self, shelf: Shelf | None = None) -> list[Cell]:
+        """The cells that figures attack themselves, for their images."""
+        return [
+            cell
+            for drawing, arguments in self._computed(shelf)
+            for cell in drawing.attacks(self.reproduction, arguments)
+        ]
+
+    def _computed(self, shelf: Shelf | None) -> Iterator[tuple[Drawing, Mapping[str, Any]]]:
+        """The drawings whose data is to be computed, with their arguments."""
+        for name, figure in self.figures.items():
+            if is_computed(figure) and self._outdated(name, shelf):
+                yield figures.drawings.get(str(figure.draw)), figure.arguments
+
+    def look_up_costs(self, device: torch.device | None = None, shelf: Shelf | None = None) -> None:
+        """The costs that are kept, and those of them that something else was measured for: other
+        images, versions or weights; where a device is given, another device or number of threads.
+        shelf: of the weights, by default those beside the records."""
+        self.costs.clear()
+        self.stale.clear()
+        for key, kept in read_costs(self.costs_file).items():
+            why = kept.inputs.outdated(self.load, shelf or self._shelf)
+            if key not in self._costly:
+                why = "the paper has no such cost"
+            elif device and timed(self._costly[key]) and not kept.inputs.made_here(device):
+                made = kept.inputs
+                why = f"it was measured on {made.environment.device} by {made.threads} threads"
+            if why:
+                self.stale[key] = why
+            else:
+                self.costs[key] = kept.measure
+
+    @property
+    def _shelf(self) -> Shelf:
+        return Shelf([self.out / "checkpoints"])
+
+    @cached_property
+    def _costly(self) -> dict[str, Binding]:
+        """All costs of the paper, by their key."""
+        return self._costs_of(self._every.values())
+
+    def _costs_of(self, numbers: Iterable[Number]) -> dict[str, Binding]:
+        overlay, bindings = self.reproduction.overlay, [number.binding for number in numbers]
+        return {cost_key(each, overlay): each for each in bindings if each.kind == "cost"}
+
+    def measure_costs(self, shared: Shared) -> list[str]:
+        """The costs that nobody has measured yet as things are here, kept one by one; why one could
+        not be measured."""
+        failed = []
+        for key, binding in self._costs_of(self.numbers()).items():
+            self.look_up_costs(shared.device, shared.shelf)  # others may have measured it meanwhile
+            if key in self.costs:
                 continue
-            value = measure_cost(binding, overlay, self.load, shared)
-            self.costs[cost_key(binding, overlay)] = Measure(value, UNKNOWN)
-            write_costs(self.costs_file, self.costs)
+            try:
+                found = measure_cost(binding, self.reproduction.overlay, self.load, shared)
+            except InputError as error:
+                failed.append(f"not measured: {key} ({error})")
+                continue
+            kept = {**read_costs(self.costs_file), key: found}
+            write_costs(self.costs_file, {k: v for k, v in kept.items() if k in self._costly})
+        self.look_up_costs(shared.device, shared.shelf)
+        return failed
 
     def draw(self, shared: Shared, known: Known) -> list[str]:
         """The figures of the part as CSV, SVG and PNG; why one could not be drawn. What is computed
-        for a figure alone is kept: its CSV is the measurement, not made again while it is there."""
+        for a figure alone is kept, and computed again where it was made of something else."""
         failed = []
         for name, figure in self.figures.items():
             drawing, file = figures.drawings.get(str(figure.draw)), self.data_of(name)
             try:
-                if drawing.bindings(figure.arguments) or not file.exists():
-                    sources = figures.Sources(self.reproduction, known, shared)
-                    figures.write(file, drawing.data(sources, figure.arguments))
+                if not is_computed(figure):
+                    figures.write(file, self._from_records(figure, known))
+                elif self._outdated(name, shared.shelf):
+                    noting = Noting.over(shared)
+                    for each in drawing.trainings(self.reproduction, figure.arguments):
+                        noting.note(noting.dataset(each.dataset), each.defense)
+                    sources = figures.Sources(self.reproduction, known, noting)
+                    rows = drawing.data(sources, figure.arguments)
+                    keep(file, rows, plan_of(figure, self.reproduction), noting.inputs())
                 plot = drawing.plot(figures.read(file), figure.arguments)
             except InputError as error:
                 failed.append(f"{name} is not drawn: {error}")
@@ -137,16 +228,74 @@ class Part:
         """The CSV of a figure."""
         return self.folder / f"{figure}.{self.scale}.csv"
 
+    def drawn(self) -> list[str]:
+        """The figures of the part of which there is a file."""
+        return [
+            name
+            for name, figure in self.figures.items()
+            if any(map(Path.exists, files_of(figure, self.data_of(name))))
+        ]
+
     def figure_data(self, known: Known) -> dict[Path, str]:
-        """The CSVs that records alone decide, of the figures that are drawn already."""
-        shared = Shared(self.out, None, torch.device("cpu"))  # nothing is deployed by it
+        """The CSVs that records alone decide, of the figures that are drawn already; without those
+        whose records are missing."""
         found = {}
-        for name, figure in self.figures.items():
-            drawing, file = figures.drawings.get(str(figure.draw)), self.data_of(name)
-            if file.exists() and drawing.bindings(figure.arguments):
-                sources = figures.Sources(self.reproduction, known, shared)
-                found[file] = as_csv(drawing.data(sources, figure.arguments))
+        for name in self.drawn():
+            if not is_computed(self.figures[name]):
+                with contextlib.suppress(InputError):  # `doubts` says it
+                    found[self.data_of(name)] = as_csv(
+                        self._from_records(self.figures[name], known)
+                    )
         return found
+
+    def _from_records(self, figure: Figure, known: Known) -> Rows:
+        shared = Shared(self.out, None, torch.device("cpu"))  # nothing is deployed by it
+        sources = figures.Sources(self.reproduction, known, shared)
+        return figures.drawings.get(str(figure.draw)).data(sources, figure.arguments)
+
+    def _outdated(self, name: str, shelf: Shelf | None = None) -> str | None:
+        """Why computed data is not what would be computed now."""
+        figure = self.paper.figures[name]
+        return outdated(self.data_of(name), figure, self.reproduction, shelf or self._shelf)
+
+    def doubts(self, known: Known) -> list[str]:
+        """A line for every cost and every drawn figure of the part that is not what would be
+        measured now."""
+        asked = self._costs_of(self.numbers())
+        costs = {key: why for key, why in self.stale.items() if self.part is None or key in asked}
+        for key in asked.keys() & self.costs.keys():
+            there = self._counted(asked[key])
+            if there is not None and there != self.costs[key].value:
+                costs[key] = f"there are {there:g}"
+        found = [f"{self.costs_file}: {key} is stale, {why}" for key, why in costs.items()]
+        for name in self.drawn():
+            if why := self._doubt(name, known):
+                found.append(f"{self.data_of(name)} is stale, {why}")
+        again = f"run 'robbench reproduce {self.paper.key} --scale {self.scale}'"
+        return [f"{line}; {again}" for line in found]
+
+    def _counted(self, binding: Binding) -> float | None:
+        """A cost that can be counted without measuring anything."""
+        return None if timed(binding) else counted(binding, self.reproduction.overlay, self.load)
+
+    def _doubt(self, name: str, known: Known) -> str | None:
+        if is_computed(self.figures[name]):
+            return self._outdated(name)
+        try:
+            self._from_records(self.figures[name], known)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def page_figures(self) -> dict[str, Figure]:
+        """All figures of the paper; those that nobody has drawn yet with that for a reason."""
+        later = {"draw": None, "reason": "nobody has run it at this scale yet"}
+        return {
+            name: figure.model_copy(update=later)
+            if figure.draw and not self.data_of(name).exists()
+            else figure
+            for name, figure in self.paper.figures.items()
+        }
 
     def _stands_for(self, figure: Figure) -> str:
         """What the figure was measured on, where that is not what the paper names."""
@@ -183,11 +332,18 @@ class Part:
             unit = None if number.binding.kind == "cost" else units.get(path, "percent")
             return self.reproduction.line(number, unit, known)
 
-        return [spoken.judge(claim, line_of, self.series) for claim in self.paper.claims]
+        series_of: Callable[[str], spoken.Series] = cache(partial(self._series, known))
+        return [spoken.judge(claim, line_of, series_of) for claim in self.paper.claims]
 
-    def series(self, figure: str) -> dict[str, tuple[list[float], list[float]]]:
-        """The curves of a figure from the data beside it."""
-        return figures.read_series(self.data_of(figure))
+    def _series(self, known: Known, name: str) -> spoken.Series:
+        """The curves of a figure: of the records, or of what was computed and is kept."""
+        figure, file = self.paper.figures[name], self.data_of(name)
+        if not is_computed(figure):
+            rows = figures.plain(as_csv(self._from_records(figure, known)))
+            return figures.series_of(rows, file.name)
+        if file.exists() and (why := self._outdated(name)):
+            raise InputError(f"{file.name} is stale, {why}")
+        return figures.read_series(file)
 
     @property
     def folder(self) -> Path:
@@ -196,7 +352,6 @@ class Part:
     def trained(self) -> float:
         """Seconds of all trainings behind the numbers of the part, each once, as the checkpoints
         beside the records tell."""
-        shelf = Shelf([self.out / "checkpoints"])
         cells = [c for n in self.numbers() for c in self.reproduction.cells_of(n.binding)]
         trainings = dict.fromkeys((c.defense, c.dataset, c.train_seed) for c in cells)
         made = {
@@ -206,9 +361,8 @@ class Part:
             for each in (part, *part.bases())
         }
         seconds = 0.0
-        for path in filter(None, map(shelf.find, sorted(made))):
-            curve = json.loads(path.with_suffix(".json").read_text())["curve"]
-            seconds += sum(point.get("seconds", 0.0) for point in curve)
+        for path in filter(None, map(self._shelf.find, sorted(made))):
+            seconds += sum(point["seconds"] for point in recipe_of(path)["curve"])
         return seconds
 
 
@@ -234,61 +388,25 @@ def part_of(what: str, scale: str, out: Path, load: Callable[[str], Dataset]) ->
     return Part(paper, scale, out, load, part)
 
 
-def rendered(part: Part, known: Known, form: str) -> str:
-    """The part in a format: text, markdown, latex, csv or json."""
-    tables, judged = part.lines(known), part.judged(known)
-    if form in ("csv", "json"):
-        flat = _flat(part, tables)
-        if part.part == CLAIMS:
-            flat = [pages.flat_claim(part.paper, part.scale, each) for each in judged]
-        return as_csv(flat) if form == "csv" else json.dumps(flat, indent=1, ensure_ascii=False)
-    if form == "latex":
-        made = [pages.latex_table(part.paper, name, tables[name], part.scale) for name in tables]
-        return "\n\n".join(made or [pages.latex_claims(part.paper, judged, part.scale)])
-    if part.part in part.paper.figures:
-        return _drawn(part)
-    table = pages.text_table if form == "text" else pages.markdown_table
-    parts = [table(part.paper.tables[name], lines) for name, lines in tables.items()]
-    if judged:
-        listed = pages.claims_text if form == "text" else pages.claims_table
-        parts += [textwrap.fill(pages.summary(judged), 80), listed(judged)]
-    return "\n\n".join(parts)
+def is_computed(figure: Figure) -> bool:
+    """Whether no record decides the data of the figure."""
+    return not figures.drawings.get(str(figure.draw)).bindings(figure.arguments)
 
 
-def _flat(part: Part, tables: Mapping[str, Sequence[Line]]) -> list[dict[str, Any]]:
-    return [pages.flat(part.paper, part.scale, line) for lines in tables.values() for line in lines]
+def files_of(figure: Figure, data: Path) -> list[Path]:
+    """All files of a figure: its CSV, its plots, and what computed data was made of."""
+    kinds = ["csv", "svg", "png", *(["json"] if is_computed(figure) else [])]
+    return [data.with_suffix(f".{kind}") for kind in kinds]
 
 
-def _drawn(part: Part) -> str:
-    """Where a figure lies, or why it is none."""
-    figure = part.paper.figures[str(part.part)]
-    if figure.reason:
-        return f"{figure.shows}: not drawn, {figure.reason}"
-    stem = part.folder / f"{part.part}.{part.scale}"
-    kinds = ", ".join(f"{stem}.{kind}" for kind in ("svg", "png", "csv"))
-    return "\n".join([f"{figure.shows}: {kinds}", *(f"note: {note}" for note in figure.notes)])
-
-
-def page_files(part: Part, known: Known) -> dict[Path, str]:
-    """The page and the CSVs of a whole paper at a scale, as they must be for these records."""
-    stem = part.out / "papers" / f"{part.paper.key}.{part.scale}"
-    tables, judged = part.lines(known), part.judged(known)
-    trained = part.trained()
-    text = pages.page(part.paper, part.scale, tables, judged, part.paper.figures, trained)
-    return {
-        stem.with_name(f"{stem.name}.md"): text,
-        stem.with_name(f"{stem.name}.csv"): as_csv(_flat(part, tables)),
-        **part.figure_data(known),
-    }
-
-
-def committed(out: Path) -> list[tuple[str, str]]:
-    """(paper, scale) of the pages that a folder has."""
+def begun(out: Path) -> list[tuple[str, str]]:
+    """(paper, scale) of what a folder has any file of."""
+    folder = out / "papers"
     return [
         (key, scale)
         for key in keys()
         for scale in SCALES
-        if (out / "papers" / f"{key}.{scale}.md").exists()
+        if any(folder.glob(f"{key}.{scale}.*")) or any((folder / key).glob(f"*.{scale}.*"))
     ]
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class Shared:
     trained: dict[tuple[str, str, int], Trained] = field(default_factory=dict)
     clean: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
     keep_images: bool = False  # whether parts carry the x' that the attack returned
+    untrained: dict[str, str] = field(default_factory=dict)  # checkpoint key -> why it is not there
 
     def dataset(self, name: str) -> Dataset:
         return self.given[name] if name in self.given else registry.dataset(name, self.data_dir)
@@ -79,6 +80,9 @@ class Shared:
         key = (spec, dataset.hash, train_seed)
         found = self.trained.pop(key, None)
         if found is None:
+            for part, _ in _chain(spec, dataset, train_seed) if self.untrained else ():
+                if part in self.untrained:  # what failed for a task would fail again
+                    raise InputError(f"{spec} is not trained: {self.untrained[part]}")
             found = self.shelf.deploy(spec, dataset, train_seed, self.device, progress)
         self.trained[key] = found  # the one that was used last stands last
         for oldest in list(self.trained)[:-KEPT]:
@@ -326,17 +330,34 @@ def images_of(parts: Sequence[Part]) -> np.ndarray | None:
     return np.concatenate(kept) if kept and len(kept) == len(ordered) else None
 
 
-def missing_training(cells: Sequence[Cell], shared: Shared) -> dict[str, tuple[str, str, int]]:
-    """Checkpoint key -> (dataset, spec, train seed) of all that the cells need and no folder has,
-    bases before what is built on them."""
+class Training(NamedTuple):
+    """A defense that is needed without a cell. watched: it is trained anew by who needs it, and
+    not kept."""
+
+    dataset: str
+    defense: str
+    train_seed: int = 0
+    watched: bool = False
+
+
+def missing_training(
+    cells: Sequence[Cell], shared: Shared, others: Iterable[Training] = ()
+) -> dict[str, tuple[str, str, int]]:
+    """Checkpoint key -> (dataset, spec, train seed) of all that the cells and others need and no
+    folder has, bases before what is built on them; of what is watched the bases alone."""
+    needed = [
+        Training(cell.dataset, spec, cell.train_seed)
+        for cell in cells
+        for spec in (*cell.sources(shared.models), cell.defense)
+    ]
     jobs: dict[str, tuple[str, str, int]] = {}
-    for cell in cells:
-        for spec in dict.fromkeys((*cell.sources(shared.models), cell.defense)):
-            if spec in shared.models:
-                continue
-            for key, text in _chain(spec, shared.dataset(cell.dataset), cell.train_seed):
-                if shared.shelf.find(key) is None:
-                    jobs[key] = (cell.dataset, text, cell.train_seed)
+    for name, spec, seed, watched in dict.fromkeys((*needed, *others)):
+        if spec in shared.models:
+            continue
+        links = _chain(spec, shared.dataset(name), seed)
+        for key, text in links[:-1] if watched else links:
+            if shared.shelf.find(key) is None:
+                jobs[key] = (name, text, seed)
     return jobs
 
 

@@ -134,6 +134,24 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95
     return _bca((above, below), share, center, confidence)
 
 
+def placement(above: ArrayLike, below: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval of an AUC whose two classes are the same images, without and with a perturbation.
+
+    above: (N,) shares of the other class that lie on the right side of each image of the one class,
+    below: (N,) the same of the other; the mean of both is the AUC. Wilson with the effective sample
+    size of what each image adds to it in both classes (DeLong et al., Biometrics 44, 1988); as for
+    `mean` at 0 and 1 and where images are nearly all alike.
+    """
+    _check_confidence(confidence)
+    first, second = _shares(above, "above"), _shares(below, "below")
+    _same_length(first, second)
+    center = float(first.mean())
+    added = first + second - center
+    if np.all(added == added[0]):
+        return _alike(center, len(added), confidence)
+    return _wilson(center, _effective(added, np.ones(len(added))), confidence)
+
+
 def draw_error(ok: ArrayLike, draws: int) -> float:
     """Standard error from the draws alone, for these images: sqrt(sum p_i (1 - p_i) / (r - 1)) / n.
 

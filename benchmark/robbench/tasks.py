@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from robbench.attacks import Configured
 from robbench.attacks.published import in_effect
-from robbench.attacks.suite import MEANS
+from robbench.checkpoints import Trained
+from robbench.datasets import Dataset
 from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.grid import EOT, Cell
+from robbench.judge import SCORING_DRAWS
+from robbench.registry import Spec
 from robbench.runner import (
     Part,
     Shared,
+    Training,
     base_keys,
     missing_training,
     needed_keys,
@@ -22,7 +27,17 @@ from robbench.runner import (
     run_shard,
     shards,
 )
+from robbench.training import LOOKED_AT
 
+# settings that say how often an attack asks, and those that multiply it
+ROUNDS = (
+    "steps", "rounds", "tries", "radii", "max_iter", "max_iterations", "n_queries", "n_iters",
+    "queries",
+)  # fmt: skip
+REPEATS = ("restarts", "search", "samples", "evaluations", "targets")
+UNSAID = 20.0  # rounds of an attack that finds out itself how many it makes
+Models = Mapping[str, Trained]  # of the caller, by their names
+NO_MODELS: Models = MappingProxyType({})
 Report = Callable[["Task", int, int], None]
 
 
@@ -57,14 +72,14 @@ class Outcome:
     mistake: bool = False  # the reason is an InputError
 
 
-def plan(cells: Sequence[Cell], shared: Shared) -> list[Task]:
-    """Trainings first, bases before what is built on them; then the attacks, costly ones first,
-    so that no long one is left over for a single worker."""
-    jobs = missing_training(cells, shared)
+def plan(cells: Sequence[Cell], shared: Shared, trainings: Iterable[Training] = ()) -> list[Task]:
+    """Trainings first, those of the cells and others, bases before what is built on them; then the
+    attacks, costly ones first, so that no long one is left over for a single worker."""
+    jobs = missing_training(cells, shared, trainings)
     tasks = []
     for key, (name, spec, seed) in jobs.items():
         needs = frozenset(base_keys(spec, shared.dataset(name), seed)).intersection(jobs)
-        weight = _training_weight(spec, len(shared.dataset(name).train.y))
+        weight = training_passes(spec, shared.dataset(name)).weight
         label = f"train {spec}"
         tasks.append(Task(key, "train", label, weight, needs, job=(name, spec, seed)))
     groups: dict[str, list[Cell]] = {}
@@ -77,14 +92,15 @@ def plan(cells: Sequence[Cell], shared: Shared) -> list[Task]:
             *(_needs(source, group[0], shared, jobs) for source in group[0].sources(shared.models))
         )
         targets = {cell.id: _needs(cell.defense, cell, shared, jobs) for cell in group}
+        weight = attack_passes(group[0], shared.models).weight
+        weight += sum(scoring_passes(cell.defense, shared.models).weight for cell in group)
         for shard, images in enumerate(shards(group[0].n, dataset.shape)):
-            weight = _attack_weight(group[0], len(images), shared)
             attacks.append(
                 Task(
                     f"{key}/{shard}",
                     "attack",
                     str(group[0]),
-                    weight,
+                    weight * len(images),
                     needs,
                     tuple(group),
                     shard,
@@ -98,28 +114,96 @@ def _needs(spec: str, cell: Cell, shared: Shared, jobs: Iterable[str]) -> frozen
     return frozenset(needed_keys(spec, cell, shared)).intersection(jobs)
 
 
-def _training_weight(spec: str, images: int) -> float:
-    """Passes of one image through one network, for the estimate of the time that is left."""
-    defense = resolve(spec)[-1]
-    inner = 0
-    if defense.adversarial:
-        inner = 1 if defense.adversarial.kind == "fgsm" else defense.adversarial.steps
-    return 3.0 * defense.epochs * images * defense.members * (1 + inner)
+class Passes(NamedTuple):
+    """Passes of single images through single networks; a backward one is as long as two."""
+
+    forwards: float
+    backwards: float = 0.0
+
+    @property
+    def weight(self) -> float:
+        return self.forwards + 2 * self.backwards
+
+    def times(self, factor: float) -> Passes:
+        return Passes(factor * self.forwards, factor * self.backwards)
 
 
-def _attack_weight(cell: Cell, images: int, shared: Shared) -> float:
-    settings = in_effect(Configured.of(cell.attack))
-    steps = settings.get("steps") or settings.get("max_iter") or settings.get("n_queries") or 20
-    if cell.source in shared.models:
-        members = len(shared.models[cell.source].deployed.members)
-    else:
-        members = sum(part.size for part in resolve(cell.source))
-    rounds = float(steps) if isinstance(steps, (int, float)) else 20.0
-    rounds *= settings.get("search", 1)  # of a constant, each as long
-    if budget := settings.get("budget"):
-        rounds = MEANS[budget].steps * len(cell.stages(shared.models))
-    draws = EOT if cell.setting.eot == "auto" else cell.setting.eot
-    return 3.0 * images * members * draws * rounds
+def training_passes(spec: str, dataset: Dataset) -> Passes:
+    """Of all epochs of a training, with the looks at the end of each."""
+    (defense,) = resolve(spec)
+    steps = 1
+    if inner := defense.adversarial:
+        steps += 1 if inner.kind == "fgsm" else inner.steps
+        steps += inner.clean > 0 or inner.kind == "trades"
+    looks = sum(min(LOOKED_AT, len(part.y)) for part in (dataset.train, dataset.validation))
+    gradients = steps * len(dataset.train.y)
+    return Passes(gradients + looks, gradients).times(defense.epochs * defense.size)
+
+
+class Answering(NamedTuple):
+    """What stands behind one answer of a defense."""
+
+    networks: int
+    draws: int
+    stochastic: bool
+
+    @classmethod
+    def of(cls, spec: str, models: Models = NO_MODELS) -> Answering:
+        if spec in models:
+            found = models[spec].deployed
+            return cls(len(found.members), found.draws, found.stochastic)
+        parsed = Spec.parse(spec)
+        parts = list(zip(parsed.parts or (parsed,), resolve(parsed), strict=True))
+        networks = sum(1 if one.member is not None else part.size for one, part in parts)
+        random = any(part.random for _, part in parts)
+        draws = max(part.draws for _, part in parts) if random else 1
+        return cls(networks, draws, any(part.stochastic for _, part in parts))
+
+
+def behind(cell: Cell, models: Models = NO_MODELS) -> int:
+    """Passes of single networks behind each answer that the attack asks for."""
+    source = Answering.of(cell.source, models)
+    if cell.setting.kind == "blackbox":
+        return source.networks * source.draws
+    return source.networks * (EOT if cell.setting.eot == "auto" else cell.setting.eot)
+
+
+def attack_passes(cell: Cell, models: Models = NO_MODELS) -> Passes:
+    """Of one image under the attack, as its settings say: each stage of a suite goes its whole
+    way, and nothing ends early."""
+    source = Answering.of(cell.source, models)
+    draws = behind(cell, models) / source.networks
+    stages = [Configured.of(stage.attack) for stage in cell.stages(models)]
+    found = [
+        _iterations(stage, draws if stage.entry.needs == "gradients" else source.draws)
+        for stage in stages
+    ] or [_iterations(Configured.of(cell.attack), draws)]
+    return Passes(*map(sum, zip(*found, strict=True))).times(source.networks)
+
+
+def scoring_passes(spec: str, models: Models = NO_MODELS) -> Passes:
+    """Of one image that the judge scores."""
+    target = Answering.of(spec, models)
+    answers = SCORING_DRAWS if target.stochastic else 1
+    return Passes(answers * target.draws * target.networks)
+
+
+def _iterations(attack: Configured, draws: float) -> Passes:
+    """Of one image through one network, with so many draws behind each answer."""
+    given = in_effect(attack)
+
+    def number(name: str, default: float = 1) -> float:
+        value = given.get(name)
+        return float(value) if isinstance(value, (int, float)) and value else default
+
+    if isinstance(inner := given.get("attack"), str):  # it may hold draws of its own
+        return _iterations(Configured.of(inner), number("draws", draws))
+    rounds = next((number(name, UNSAID) for name in ROUNDS if name in given), 1)
+    for name in REPEATS:
+        rounds *= number(name)
+    if attack.entry.needs != "gradients":
+        return Passes(draws * rounds * (2 if "samples" in given else 1))
+    return Passes(draws * (rounds + number("queries", 0)), draws * rounds)
 
 
 def perform(task: Task, shared: Shared, report: Callable[[int, int], None]) -> Outcome:

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from robbench.cli import check_installation
-from robbench.cli.options import attack_option, common, defense_option
+from robbench.cli.options import attack_option, common, defense_option, timeout_option
 from robbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ SHOWN = 8  # images that a line names
 @click.option("--preset", default="quick", show_default=True, help="quick or paper.")
 @click.option("--train-seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
-@click.option("--timeout", type=float, help="Seconds for each training and shard of images.")
+@timeout_option
 @click.option("--json", "as_json", is_flag=True, help="Flags as JSON on stdout, no progress.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only the verdict.")
 @common

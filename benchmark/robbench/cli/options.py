@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from robbench.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +42,38 @@ def attack_option(function: F) -> F:
     )(function)
 
 
+def _seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value <= threading.TIMEOUT_MAX:
+        raise InputError(f"timeout = {value}: write a positive number of seconds or leave it out")
+    return value
+
+
+def timeout_option(function: F) -> F:
+    return click.option(
+        "--timeout",
+        type=float,
+        callback=_seconds,
+        help="Seconds for each training and each shard of images.  [default: none]",
+    )(function)
+
+
+def _folder(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    if value.exists() and not value.is_dir():
+        raise InputError(f"--out {value} is a file; write the folder of the records")
+    return value
+
+
+def out_option(text: str) -> Callable[[F], F]:
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path("leaderboards"),
+        show_default=True,
+        callback=_folder,
+        help=text,
+    )
+
+
 def common(function: F) -> F:
     """--out, --data-dir and --device."""
     for option in (
@@ -54,13 +89,7 @@ def common(function: F) -> F:
             envvar="ROBBENCH_DATA",
             help="Where datasets lie.  [default: $ROBBENCH_DATA or the user's cache]",
         ),
-        click.option(
-            "--out",
-            type=click.Path(path_type=Path),
-            default=Path("leaderboards"),
-            show_default=True,
-            help="Folder of records, checkpoints and tables.",
-        ),
+        out_option("Folder of records, checkpoints and tables."),
     ):
         function = option(function)
     return function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from robbench.cli import check_installation
-from robbench.cli.options import attack_option, common, defense_option
+from robbench.cli.options import attack_option, common, defense_option, timeout_option
 from robbench.errors import InputError
 
 BLOCK_OPTIONS = {
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from robbench.datasets import Dataset
     from robbench.grid import Block, Cell
     from robbench.records import Record, Store
-    from robbench.runner import Shared
+    from robbench.runner import Shared, Training
 
 
 @click.command("run")
@@ -66,11 +65,7 @@ if TYPE_CHECKING:
 @click.option("--set", "assignments", multiple=True, help="defense.KEY=V or attack.KEY=V.")
 @click.option("--grid", type=click.Path(path_type=Path), help="A YAML file instead of the above.")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one per core]")
-@click.option(
-    "--timeout",
-    type=float,
-    help="Seconds for each training and each shard of images.  [default: none]",
-)
+@timeout_option
 @click.option(
     "--precision",
     help="Half an interval, such as 1%: with fewer images no number is called sound.",
@@ -289,7 +284,12 @@ def _with_detector(text: str, detectors: str | None, fpr: str | None) -> str:
 
 
 def measured(
-    missing: Sequence[Cell], store: Store, shared: Shared, options: dict[str, Any], strict: bool
+    missing: Sequence[Cell],
+    store: Store,
+    shared: Shared,
+    options: dict[str, Any],
+    strict: bool,
+    trainings: Sequence[Training] = (),
 ) -> Iterator[Record]:
     """The records of cells as they come, with progress unless --quiet or --json is given."""
     from robbench.cli.terminal import Console
@@ -297,7 +297,7 @@ def measured(
 
     workers = workers_of(options)
     quiet = options["quiet"] or options["as_json"]
-    with Console(quiet=quiet).progress(missing, shared) as progress:
+    with Console(quiet=quiet).progress(missing, shared, trainings) as progress:
         for record in measure(
             missing,
             store,
@@ -307,6 +307,7 @@ def measured(
             progress.finished,
             timeout=options["timeout"],
             strict=strict,
+            trainings=trainings,
         ):
             progress.record(record)
             yield record
@@ -317,28 +318,15 @@ def write_board(
 ) -> None:
     """The generated pages of one dataset, of its records and what the checks say of them."""
     from robbench.boards import pages
+    from robbench.records import write_text
 
     for name, text in pages(dataset, records, audits).items():
-        write_page(store.root / name, text)
+        write_text(store.root / name, text)
 
 
 def workers_of(options: dict[str, Any]) -> int:
     """--workers, or one per core."""
     return options["workers"] or os.cpu_count() or 1
-
-
-def write_page(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed: the old page stays whole until the new one is."""
-    from robbench.records import unwritable
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise unwritable(path.parent, error) from None
 
 
 @click.command("train")

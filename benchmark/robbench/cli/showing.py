@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robbench.cli import check_installation
+from robbench.cli.options import out_option
 from robbench.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -40,13 +41,7 @@ def list_command(kind: str, name: str | None) -> None:
 
 
 @click.command("leaderboard")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("leaderboards"),
-    show_default=True,
-    help="Folder of records.",
-)
+@out_option("Folder of records.")
 @click.option(
     "--check", is_flag=True, help="Write nothing; exit 1 where a page or record is wrong."
 )
@@ -60,14 +55,15 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
     """Write DATASET.md, DATASET.csv and DATASET.flags.json from the records below OUT, and the
     pages of papers that are there.
 
-    --check also says what is wrong with the records themselves (CONTRIBUTING.md).
+    --check also says what is wrong with the records, costs and figures themselves, and which files
+    are missing or nobody's (CONTRIBUTING.md).
     """
     from robbench.audit import audit
     from robbench.boards import pages
-    from robbench.cli.running import write_page
     from robbench.contributions import collect, problems
+    from robbench.contributions.files import file_problems
     from robbench.contributions.pages import paper_pages
-    from robbench.records import Store
+    from robbench.records import Store, write_text
 
     store = Store(out)
     if check:
@@ -88,17 +84,24 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
     for dataset, beside in by_dataset.items():
         audits |= (assessed := audit(beside))
         texts |= {out / name: text for name, text in pages(dataset, beside, assessed).items()}
-    texts |= paper_pages(store, records, audits)
+    papers = paper_pages(store, records, audits)
+    texts |= papers.texts
     if finding is not None:
         from robbench.findings import page
 
         texts[finding] = page(finding.read_text(), records, audits)
+    lines = [*papers.broken, *papers.doubts]
     if not check:
         for path, text in texts.items():
-            write_page(path, text)
-    elif differing := [str(path) for path, text in texts.items() if _text(path) != text]:
-        names = ", ".join(differing)
-        click.echo(f"not what the records say: {names}; run 'robbench leaderboard'")
+            write_text(path, text)
+    else:
+        lines += file_problems(store, texts)
+        if differing := [str(path) for path, text in texts.items() if _text(path) != text]:
+            names = ", ".join(differing)
+            lines.append(f"not what the records say: {names}; run 'robbench leaderboard'")
+    for line in lines:
+        click.echo(line, err=not check)
+    if papers.broken or check and lines:
         click.get_current_context().exit(1)
     click.echo(f"{'checked' if check else 'wrote'} {', '.join(by_dataset)} in {out}")
 
@@ -112,13 +115,7 @@ def _text(path: Path) -> str | None:
 @click.argument("a")
 @click.argument("b")
 @click.option("--dataset", default="digits", show_default=True)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("leaderboards"),
-    show_default=True,
-    help="Folder of records.",
-)
+@out_option("Folder of records.")
 def compare_command(a: str, b: str, dataset: str, out: Path) -> None:
     """Compare A and B on the same images wherever both were attacked alike.
 

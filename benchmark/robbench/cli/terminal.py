@@ -22,7 +22,7 @@ from robbench.threat import format_eps
 if TYPE_CHECKING:
     from robbench.grid import Cell
     from robbench.records import Record
-    from robbench.runner import Shared
+    from robbench.runner import Shared, Training
     from robbench.tasks import Task
 
 COLUMNS = (
@@ -42,8 +42,10 @@ class Console:
         self.err = rich.console.Console(stderr=True, highlight=False)
 
     @contextlib.contextmanager
-    def progress(self, cells: Sequence[Cell], shared: Shared) -> Iterator[Silent]:
-        if self.quiet or not cells:
+    def progress(
+        self, cells: Sequence[Cell], shared: Shared, trainings: Sequence[Training] = ()
+    ) -> Iterator[Silent]:
+        if self.quiet or not (cells or trainings):
             yield Silent()
         elif not self.err.is_terminal:
             yield Lines(self.err, len(cells))
@@ -59,7 +61,7 @@ class Console:
                 transient=True,
             )
             with bars:
-                total = sum(task.weight for task in plan(cells, shared))
+                total = sum(task.weight for task in plan(cells, shared, trainings))
                 yield Bars(bars, total, len(cells))
 
     @contextlib.contextmanager

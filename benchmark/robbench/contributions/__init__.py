@@ -12,12 +12,22 @@ from pathlib import Path
 
 from robbench import registry
 from robbench.contributions.beside import Beside, shared
-from robbench.contributions.complete import Cost, Environment, Provenance, missing
+from robbench.contributions.complete import Cost, Provenance, missing
 from robbench.contributions.outcome import contradictions, image_problems
 from robbench.datasets import Dataset
+from robbench.environment import Environment
 from robbench.errors import InputError
 from robbench.grid import Cell
-from robbench.records import Record, Store, images_file, newest, read, versions, without_versions
+from robbench.records import (
+    Record,
+    Store,
+    images_file,
+    is_temporary,
+    newest,
+    read,
+    versions,
+    without_versions,
+)
 
 __all__ = ["collect", "image_problems", "problems"]
 AGAIN = "run the cell again with this checkout, or leave the record out"
@@ -28,7 +38,7 @@ def collect(store: Store) -> tuple[dict[Path, Record], list[str]]:
     found: dict[Path, Record] = {}
     lines = []
     for path in sorted(store.folder.rglob("*")):
-        if path.is_dir() or path.name.startswith("."):  # hidden: what is just being written
+        if path.is_dir() or is_temporary(path):
             continue
         if path.suffix != ".json":
             if path.suffix != ".npz" or not path.with_suffix(".json").exists():

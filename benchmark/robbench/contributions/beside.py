@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from functools import cached_property
 
 from robbench import registry
 from robbench.attacks import Configured
-from robbench.checkpoints import key_of
+from robbench.checkpoints import key_of, recipe_of
 from robbench.datasets import Dataset, kind
 from robbench.datasets.described import FACTS, described
 from robbench.defense import resolve
@@ -50,13 +49,15 @@ class Beside:
         weights, lines, folder = {}, [], self.store.root / "checkpoints"
         for path in sorted(folder.glob("*.json")):
             try:
-                recipe = json.loads(path.read_text())
+                recipe = recipe_of(path)
                 content = path.with_suffix(".safetensors").read_bytes()
                 sha256 = hashlib.sha256(content).hexdigest()
                 if (recipe["key"], recipe["sha256"]) != (path.stem, sha256):
                     raise ValueError("its key or its SHA-256 differs")
                 weights[path.stem] = sha256
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except InputError as error:
+                lines.append(str(error))
+            except (OSError, ValueError) as error:
                 lines.append(f"{path}: the checkpoint is broken ({error}); train it again")
         for path in sorted(folder.glob("*.safetensors")):
             if not path.with_suffix(".json").exists():

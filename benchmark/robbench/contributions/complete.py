@@ -7,30 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from robbench.environment import LIBRARIES
+from robbench.environment import Environment
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Keys = Annotated[list[Sha256], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Environment(BaseModel):
-    """What every record says of where it was made."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    robbench: str
-    python: str
-    versions: dict[str, str]
-    device: str
-    # none of what is no checkout: an installed wheel, an unpacked archive
-    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Environment:
-        if missing := [name for name in LIBRARIES if name not in self.versions]:
-            raise ValueError(f"versions lacks {', '.join(missing)}")
-        return self
 
 
 class Provenance(Environment):

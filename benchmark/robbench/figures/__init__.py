@@ -1,32 +1,38 @@
 """Figures of the papers: data first, as CSV, and the plot from that data alone.
 
 A drawing has three functions: the bindings of the cells that it needs (none for what it computes
-itself), the rows of its data, and the plot of such rows. A module per subject registers them;
+itself), the rows of its data, and the plot of such rows; and two more that say what computing them
+takes: the trainings and the attacks that are behind the rows. A module per subject registers them;
 papers' YAML files name them with their arguments.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from robbench.errors import InputError
+from robbench.grid import Cell
 from robbench.papers.cells import shrunk
+from robbench.papers.claims import Point
 from robbench.papers.paper import Number, Paper, Scale
 from robbench.papers.reproduction import Known, Line, Reproduction
+from robbench.records import write_text, write_whole
 from robbench.registry import Registry
-from robbench.runner import Shared
+from robbench.runner import Shared, Training
 from robbench.tables import as_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 Rows = Sequence[Mapping[str, Any]]
-Series = dict[str, tuple[list[float], list[float]]]
+Series = dict[str, list[Point]]
 COLUMN = 3.4  # inches: the width of a column in print
 # Okabe and Ito: told apart by the colour-blind, and in grey by their order of brightness
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -35,6 +41,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 def no_cells(arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The bindings of a drawing whose data is computed."""
+    return []
+
+
+def nothing(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Any]:
+    """The trainings or the attacks of a drawing that makes none."""
     return []
 
 
@@ -73,11 +84,19 @@ class Sources:
 
 
 class Drawing(NamedTuple):
-    """bindings: of the cells behind the data; data: its rows; plot: of these rows alone."""
+    """bindings: of the cells behind the data; data: its rows; plot: of these rows alone.
+
+    Of data that is computed: trainings, the defenses that it deploys or watches in training;
+    attacks, the cells whose first shard it attacks itself; version, raised when the same
+    arguments give other rows.
+    """
 
     bindings: Callable[[Mapping[str, Any]], list[Mapping[str, Any]]]
     data: Callable[[Sources, Mapping[str, Any]], Rows]
     plot: Callable[[Rows, Mapping[str, Any]], Canvas]
+    trainings: Callable[[Reproduction, Mapping[str, Any]], list[Training]] = nothing
+    attacks: Callable[[Reproduction, Mapping[str, Any]], list[Cell]] = nothing
+    version: int = 1
 
 
 drawings: Registry[Drawing] = Registry("drawing", "robbench.figures")
@@ -85,27 +104,48 @@ drawings: Registry[Drawing] = Registry("drawing", "robbench.figures")
 
 def write(path: Path, rows: Rows) -> None:
     """The data of a figure as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_csv(rows), encoding="utf-8")
+    write_text(path, as_csv(rows))
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """The data of a figure as it is plotted: text in every cell."""
     if not path.exists():
         raise InputError(f"not drawn yet: {path.name} is missing")
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    broken = InputError(
+        f"the data {path} is broken; delete the file and run 'robbench reproduce' again"
+    )
+    try:
+        text = path.read_bytes().decode()
+        rows = plain(text)
+    except (OSError, ValueError, csv.Error):
+        raise broken from None
+    if not text.endswith("\n") or any(None in (*row, *row.values()) for row in rows):
+        raise broken
+    return rows
+
+
+def plain(text: str) -> list[dict[str, str]]:
+    """The lines of a CSV."""
+    return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 def read_series(path: Path) -> Series:
     """The curves of a figure whose data has the columns series, x and y."""
+    return series_of(read(path), path.name)
+
+
+def series_of(rows: Sequence[Mapping[str, str]], name: str) -> Series:
+    """The curves in the data of a figure; InputError where the columns series, x and y are not, or
+    hold no numbers."""
     found: Series = {}
-    for row in read(path):
+    for row in rows:
         if not {"series", "x", "y"} <= row.keys():
-            raise InputError(f"{path.name} has no curves: its columns are {', '.join(row)}")
-        x, y = found.setdefault(row["series"], ([], []))
-        x.append(float(row["x"]))
-        y.append(float(row["y"]))
+            raise InputError(f"{name} has no curves: its columns are {', '.join(row)}")
+        try:
+            point = Point(*(float(row.get(field) or "nan") for field in Point._fields))
+        except ValueError:
+            raise InputError(f"{name} has no number at {row['x']}, {row['y']}") from None
+        found.setdefault(row["series"], []).append(point)
     return found
 
 
@@ -121,10 +161,16 @@ def save(canvas: Canvas, stem: Path) -> list[Path]:
     """SVG and PNG of a plot, the same bytes for the same data."""
     import matplotlib
 
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+    kinds: Mapping[str, dict[str, Any]] = {
+        "svg": {"metadata": {"Date": None}},
+        "png": {"metadata": {"Software": None}, "dpi": 200},
+    }
+    files = []
     with matplotlib.rc_context({"svg.hashsalt": "robbench", "svg.fonttype": "none"}):
-        canvas.savefig(files[0], metadata={"Date": None}, bbox_inches="tight")
-        canvas.savefig(files[1], metadata={"Software": None}, dpi=200, bbox_inches="tight")
+        for kind, settings in kinds.items():
+            drawn = partial(canvas.savefig, format=kind, bbox_inches="tight", **settings)
+            files.append(stem.with_name(f"{stem.name}.{kind}"))
+            write_whole(files[-1], drawn)
     return files
 
 

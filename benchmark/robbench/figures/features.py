@@ -23,8 +23,11 @@ from robbench.figures import (
     no_cells,
 )
 from robbench.figures.curves import SMALL, TEXT, checked
+from robbench.papers.cells import training_of
 from robbench.papers.paper import Strict
+from robbench.papers.reproduction import Reproduction
 from robbench.randomness import preserved_random_state, seed_everything
+from robbench.runner import Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -45,6 +48,14 @@ class Map(Strict):
     perplexity: Annotated[float, Field(gt=0)] = 30.0
     train_seed: int = 0
     seed: int = 0
+
+
+def _trainings(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Training]:
+    made = checked(Map, arguments)
+    return [
+        training_of(defense, made.dataset, reproduction.overlay, made.train_seed)
+        for defense in made.defenses.values()
+    ]
 
 
 def embedded(features: NDArray[np.float64], perplexity: float, seed: int) -> NDArray[np.float64]:
@@ -142,4 +153,4 @@ def _handle(style: Mapping[str, Any]) -> Any:
     return Line2D([], [], **style)
 
 
-drawings.add("tsne", Drawing(no_cells, _data, _plot))
+drawings.add("tsne", Drawing(no_cells, _data, _plot, _trainings))

@@ -15,15 +15,25 @@ from torch import Tensor
 from robbench.defense import resolve
 from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, drawings, no_cells
+from robbench.figures import (
+    COLUMN,
+    PALETTE,
+    Drawing,
+    Rows,
+    Sources,
+    canvas,
+    drawings,
+    no_cells,
+)
 from robbench.grid import Cell
 from robbench.judge import SCORING_DRAWS
-from robbench.papers.cells import cell_of
+from robbench.papers.cells import cell_of, training_of
 from robbench.papers.paper import Binding
+from robbench.papers.reproduction import Reproduction
 from robbench.randomness import preserved_random_state, seed_everything
 from robbench.registry import Spec
 from robbench.rules import ABSTAIN
-from robbench.runner import Shared, run_shard, shards
+from robbench.runner import Shared, Training, run_shard, shards
 from robbench.threat import format_eps, within
 from robbench.training import derive
 
@@ -134,15 +144,21 @@ def _named(label: int, labels: Sequence[str]) -> str:
 # --- adversarial-panels ---
 
 
-def _panel_data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
-    """Of every image shown a row for the original and one per column."""
-    shared, pool = sources.shared, int(arguments.get("pool", 50))
+def _panel_cells(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Cell]:
+    """The attack of every column, on the same images."""
+    pool = int(arguments.get("pool", 50))
     fields = [{**arguments["bind"], **column} for column in arguments["columns"].values()]
     cells = [
-        cell_of(Binding(**{"n": pool, **each}), sources.scale, shared.dataset) for each in fields
+        cell_of(Binding(**{"n": pool, **each}), reproduction.overlay, reproduction.load)
+        for each in fields
     ]
     n = min(cell.n for cell in cells)  # the scale has fewer images of an attack that is dear
-    cells = [cell.model_copy(update={"n": n}) for cell in cells]
+    return [cell.model_copy(update={"n": n}) for cell in cells]
+
+
+def _panel_data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
+    """Of every image shown a row for the original and one per column."""
+    shared, cells = sources.shared, _panel_cells(sources.reproduction, arguments)
     made = [attacked(cell, shared) for cell in cells]
     names = shared.dataset(cells[0].dataset).labels
     clean, after = [], []
@@ -313,6 +329,13 @@ def _abstention_data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def _abstention_trainings(
+    reproduction: Reproduction, arguments: Mapping[str, Any]
+) -> list[Training]:
+    made = training_of(arguments["defense"], arguments["dataset"], reproduction.overlay)
+    return [made, made._replace(defense=original_of(made.defense))]
+
+
 def original_of(spec: str) -> str:
     """The spec of the network that a defense was fine-tuned from, downloaded weights too."""
     (part,) = resolve(spec)
@@ -382,5 +405,9 @@ def _votes(axis: Any, row: Mapping[str, Any]) -> None:
     )
 
 
-drawings.add("adversarial-panels", Drawing(no_cells, _panel_data, _panel_plot))
-drawings.add("abstentions", Drawing(no_cells, _abstention_data, _abstention_plot))
+drawings.add(
+    "adversarial-panels", Drawing(no_cells, _panel_data, _panel_plot, attacks=_panel_cells)
+)
+drawings.add(
+    "abstentions", Drawing(no_cells, _abstention_data, _abstention_plot, _abstention_trainings)
+)

@@ -16,6 +16,9 @@ from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, dr
 from robbench.figures.images import brief, chosen, close_up, picture, pixels, show
 from robbench.metrics.diversity import discrimination, gradient_angles
 from robbench.metrics.gradcam import centre, centre_distance, grad_cam
+from robbench.papers.cells import training_of
+from robbench.papers.reproduction import Reproduction
+from robbench.runner import Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -36,6 +39,14 @@ class Common(NamedTuple):
     x: Tensor
     y: Tensor
     right: int
+
+
+def _trainings(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Training]:
+    """The defense of every method."""
+    return [
+        training_of(each, arguments["dataset"], reproduction.overlay)
+        for each in arguments["methods"].values()
+    ]
 
 
 def _ensembles(sources: Sources, arguments: Mapping[str, Any]) -> dict[str, Deployed]:
@@ -261,5 +272,5 @@ def _box_plot(rows: Rows, arguments: Mapping[str, Any]) -> Canvas:
     return made
 
 
-drawings.add("grad-cam-members", Drawing(no_cells, _cam_data, _cam_plot))
-drawings.add("member-boxes", Drawing(no_cells, _box_data, _box_plot))
+drawings.add("grad-cam-members", Drawing(no_cells, _cam_data, _cam_plot, _trainings))
+drawings.add("member-boxes", Drawing(no_cells, _box_data, _box_plot, _trainings))

@@ -3,7 +3,6 @@ what an attack leaves after every epoch."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from robbench.access import Access
 from robbench.attacks import Configured
-from robbench.checkpoints import Shelf, Trained, attacker_losses, key_of
+from robbench.checkpoints import Shelf, Trained, attacker_losses, key_of, recipe_of
 from robbench.datasets import Dataset
 from robbench.defense import Defense, resolve
 from robbench.deployed import Deployed
@@ -36,8 +35,11 @@ from robbench.figures.curves import (
 from robbench.judge import SCORING_DRAWS, check, score
 from robbench.metrics import Measure, share
 from robbench.networks.sampled import laws
+from robbench.papers.cells import training_of
 from robbench.papers.paper import Strict
+from robbench.papers.reproduction import Reproduction
 from robbench.randomness import preserved_random_state, sandboxed
+from robbench.runner import Training
 from robbench.threat import Eps, Norm, Threat
 from robbench.training import LOOKED_AT, derive
 
@@ -210,9 +212,8 @@ class Point(NamedTuple):
 
 def curve(path: Path, part: Part) -> list[Point]:
     """The accuracy after each epoch from the recipe beside a checkpoint."""
-    recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["curve"]
     found: dict[int, list[float]] = {}
-    for point in recorded:
+    for point in recipe_of(path)["curve"]:
         if COLUMNS[part] in point:
             found.setdefault(int(point["epoch"]) + 1, []).append(float(point[COLUMNS[part]]))
     return [Point(epoch, tuple(values)) for epoch, values in sorted(found.items())]
@@ -241,6 +242,14 @@ def _curves_data(sources: Sources, arguments: Fields) -> Rows:
                         "high": 100 * max(values) if len(values) > 1 else "",
                     })  # fmt: skip
     return rows
+
+
+def _learners(reproduction: Reproduction, arguments: Fields) -> list[Training]:
+    return [
+        training_of(each.defense, each.dataset, reproduction.overlay, each.train_seed, each.watched)
+        for panel in checked(Courses, arguments).panels
+        for each in panel.series
+    ]
 
 
 def _course(sources: Sources, learner: Learner, part: Part) -> list[Point]:
@@ -324,7 +333,7 @@ def _epochs(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-drawings.add("training-curves", Drawing(no_cells, _curves_data, _plot_curves))
+drawings.add("training-curves", Drawing(no_cells, _curves_data, _plot_curves, _learners))
 
 
 class Watched(Strict):
@@ -349,6 +358,13 @@ class Looks(Strict):
     """What `variance-while-training` draws: panels of variances, and one of accuracies."""
 
     runs: tuple[Watched, ...]
+
+
+def _watched_runs(reproduction: Reproduction, arguments: Fields) -> list[Training]:
+    return [
+        training_of(run.defense, run.dataset, reproduction.overlay, run.train_seed, watched=True)
+        for run in checked(Looks, arguments).runs
+    ]
 
 
 def _looks_data(sources: Sources, arguments: Fields) -> Rows:
@@ -421,4 +437,4 @@ def _plot_looks(rows: Rows, arguments: Fields) -> Canvas:
     return figure
 
 
-drawings.add("variance-while-training", Drawing(no_cells, _looks_data, _plot_looks))
+drawings.add("variance-while-training", Drawing(no_cells, _looks_data, _plot_looks, _watched_runs))

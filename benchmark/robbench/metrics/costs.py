@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -28,19 +30,19 @@ def cost(
     """Time and peak memory of a call: inference on a batch, or an epoch with repeats=1, warmup=0.
 
     Wang et al. 2019 (EnResNet), section 3.4: the mean of 100 runs. Peak memory is what torch held
-    on a CUDA device, weights included; on a CPU what the process held, interpreter and libraries
-    included, so that differences between two calls are what can be read.
+    on a CUDA device, weights included; on a CPU what the call added to the process, whose weights
+    and libraries were there before.
     """
     if repeats < 1 or warmup < 0:
         raise InputError(f"repeats is {repeats}, warmup {warmup}; write at least 1 and at least 0")
     for _ in range(warmup):
         call()
-    _forget_peak(device)
+    before = _forget_peak(device)
     begin = _now(device)
     for _ in range(repeats):
         call()
     seconds = (_now(device) - begin) / repeats
-    return Cost(seconds, _peak(device))
+    return Cost(seconds, _peak(device) - before)
 
 
 def _now(device: str) -> float:
@@ -49,11 +51,16 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _forget_peak(device: str) -> None:
+def _forget_peak(device: str) -> float:
+    """Bytes that are no part of the peak from here on."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access(CLEAR, os.W_OK):
+        return 0.0
+    if os.access(CLEAR, os.W_OK):
+        with contextlib.suppress(AttributeError):  # only glibc keeps what was freed
+            ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text("5")  # sets the high-water mark to the present use
+    return _peak(device)
 
 
 def _peak(device: str) -> float:

@@ -13,6 +13,7 @@ from robbench.errors import InputError
 from robbench.grid import Cell, block, nothing
 from robbench.papers.paper import Binding, Scale
 from robbench.registry import Spec
+from robbench.runner import Training
 
 UNBOUNDED = "any"  # ε of a minimum-norm attack whose length the paper did not count
 Load = Callable[[str], Dataset]
@@ -25,6 +26,14 @@ def shrunk(defense: str, dataset: str, scale: Scale) -> str:
     and in what it is built on.
     """
     return str(canonical(_shrunk(with_preset(defense, "paper", dataset), scale)))
+
+
+def training_of(
+    defense: str, dataset: str, scale: Scale, train_seed: int = 0, watched: bool = False
+) -> Training:
+    """What is deployed of a defense of the paper at a scale."""
+    there = scale.datasets.get(dataset, dataset)
+    return Training(there, shrunk(defense, dataset, scale), train_seed, watched)
 
 
 def _shrunk(spec: Spec, scale: Scale) -> Spec:
@@ -112,14 +121,11 @@ def _budget(binding: Binding, dataset: Dataset) -> object:
     return [whole[binding.norm or "linf"]]
 
 
-def strongest_of(cell: Cell, scale: Scale, load: Load, bound: bool) -> Cell | None:
-    """The suite that stands beside a cell: the same defense and threat, on fewer images. None
-    without an ε to hold it against, or at a scale that has none.
-
-    bound: whether the paper counts how long a perturbation is.
-    """
+def strongest_of(cell: Cell, scale: Scale, load: Load) -> Cell | None:
+    """The suite that stands beside a cell: the same defense and threat, on fewer images. None in
+    l0, for which there is no suite, or at a scale that has none."""
     threat = cell.threat
-    if scale.strongest is None or threat.eps is None or not bound or threat.norm == "l0":
+    if scale.strongest is None or threat.norm == "l0":
         return None
     asked = block(
         dataset=cell.dataset,

@@ -18,16 +18,30 @@ from robbench.papers.paper import Claim, Counterpart, Number, Paper, Printed
 from robbench.papers.reproduction import SHARES, Line, shown_value
 from robbench.statistics import Interval
 
+MARGIN = 2  # what is as good as 0, in the unit of the print
 TREND = 0.5  # rank correlation from which on a curve is said to rise or to fall
-Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
+
+
+class Point(NamedTuple):
+    """Of a figure's curve; low and high are nan where the figure has no interval."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+Series = Mapping[str, Sequence[Point]]
 
 
 class Judged(NamedTuple):
-    """A claim with its measured counterpart; holds: yes, no, undecided, or why there is none."""
+    """A claim beside its counterpart. measured: in words; holds: yes, no, undecided, or why not;
+    lines: of the counterparts, none for text and curves."""
 
     claim: Claim
     measured: str
     holds: str
+    lines: tuple[Line, ...] = ()
 
 
 def counterparts(paper: Paper) -> list[Number]:
@@ -62,47 +76,46 @@ def judge(
                 measure = _mean_gap(found)
                 return Judged(claim, _points(measure, None), _holds(claim, measure, 1.0))
             return Judged(claim, _shown_curve(found[0]), _trend(claim.holds, found))
-        asked = [line_of(_path(each)) for each in _asked(claim)]
+        asked = tuple(line_of(_path(each)) for each in _asked(claim))
         missing = [line for line in asked if line.measure is None]
         if missing:
-            return Judged(claim, "", missing[0].why)
+            return Judged(claim, "", missing[0].why, asked)
         if claim.order:
-            return _ordered(claim, list(zip(asked[::2], asked[1::2], strict=True)))
+            shown, holds = _ordered(list(zip(asked[::2], asked[1::2], strict=True)))
+            return Judged(claim, shown, holds, asked)
         if claim.differ:
             measure = difference(asked[0], asked[1])
-            return Judged(
-                claim, _points(measure, asked[0].unit), _holds(claim, measure, _factor(asked[0]))
-            )
+            holds = _holds(claim, measure, _factor(asked[0]))
+            return Judged(claim, _points(measure, asked[0].unit), holds, asked)
         (line,) = asked
         assert line.measure is not None
-        shown = shown_value(line.measure, line.unit)
-        return Judged(claim, shown, _holds(claim, line.measure, _factor(line)))
+        holds = _holds(claim, line.measure, _factor(line))
+        return Judged(claim, shown_value(line.measure, line.unit), holds, asked)
     except InputError as error:
         return Judged(claim, "", str(error))
 
 
 def difference(first: Line, second: Line) -> Measure:
-    """First - second: paired where both are shares of the same images, else of two independent
-    numbers, from their own intervals (Zou and Donner 2008)."""
+    """First - second: paired where both are shares of the same images, else `apart`."""
     assert first.measure is not None and second.measure is not None
     a, b = _outcomes(first), _outcomes(second)
-    if a is not None and b is not None:
+    if a is not None and b is not None and _alike(first, second):
         n = min(len(a), len(b))
         found = statistics.paired(a[:n], b[:n])
         return Measure(found.difference, found.interval)
-    (x, (x_low, x_high)), (y, (y_low, y_high)) = map(_bounded, (first.measure, second.measure))
+    return apart(first.measure, second.measure)
+
+
+def apart(first: Measure, second: Measure) -> Measure:
+    """First - second of two independent numbers, from their own intervals (Zou and Donner 2008);
+    without an interval where one of them has none."""
+    (x, (x_low, x_high)), (y, (y_low, y_high)) = first, second
     low, high = math.hypot(x - x_low, y_high - y), math.hypot(x_high - x, y - y_low)
     return Measure(x - y, Interval(x - y - low, x - y + high))
 
 
 def _factor(line: Line) -> float:
     return 100.0 if line.unit in SHARES else 1.0
-
-
-def _bounded(measure: Measure) -> Measure:
-    """A measure without an interval has the number itself for one."""
-    value, (low, _) = measure
-    return measure if low == low else Measure(value, Interval(value, value))
 
 
 def _outcomes(line: Line) -> np.ndarray | None:
@@ -112,6 +125,12 @@ def _outcomes(line: Line) -> np.ndarray | None:
         return outcome(line.records[0], line.number.binding.measure)
     except InputError:  # a quotient is no mean over all images
         return None
+
+
+def _alike(first: Line, second: Line) -> bool:
+    """Whether both are of the same images, of which the first are the first of the other too."""
+    one, other = first.records[0].cell, second.records[0].cell
+    return (one.dataset, one.data) == (other.dataset, other.data)
 
 
 def _asked(claim: Claim) -> list[Counterpart]:
@@ -134,13 +153,13 @@ def _holds(claim: Claim, measure: Measure, factor: float) -> str:
     low, high = (factor * bound for bound in measure.interval)
     if value != value:
         return "not defined here"
-    if low != low:  # no interval: the number itself
+    if low != low:  # no interval: what cannot vary, as a number of parameters
         low = high = value
     rule, _, limit = claim.holds.partition(":")
     if rule == "near":
         return _near(claim.value, low, high)
     if rule == "zero":
-        margin = float(limit or 2)
+        margin = float(limit or MARGIN)
         inside = -margin <= low and high <= margin
         return "yes" if inside else "no" if low > 0 or high < 0 else "undecided"
     if rule in ("positive", "above"):
@@ -156,8 +175,8 @@ def _beyond(low: float, high: float, limit: float) -> str:
 
 
 def _near(printed: Printed, low: float, high: float) -> str:
-    """Whether what is printed - `<=1`, `~0.27M x 2`, 85.62 - can be the number behind an interval; a
-    unit of its last digit is what it was rounded to."""
+    """Whether what is printed - `<=1`, `~0.27M x 2`, 85.62 - can be the number behind an interval;
+    a unit of its last digit is what it was rounded to."""
     match = re.fullmatch(r"([<>]=?|~)?\s*([-+]?\d+(?:\.(\d+))?)([kmM]?)(?: x (\d+))?", str(printed))
     if match is None:
         return "undecided"
@@ -171,7 +190,8 @@ def _near(printed: Printed, low: float, high: float) -> str:
     return "yes" if low - slack <= value <= high + slack else "no"
 
 
-def _ordered(claim: Claim, pairs: Sequence[tuple[Line, Line]]) -> Judged:
+def _ordered(pairs: Sequence[tuple[Line, Line]]) -> tuple[str, str]:
+    """What was found of the pairs, and whether all of them are in this order."""
     found = [difference(first, second) for first, second in pairs]
     clear = sum(measure.interval.low > 0 for measure in found)
     against = sum(measure.interval.high < 0 for measure in found)
@@ -179,8 +199,7 @@ def _ordered(claim: Claim, pairs: Sequence[tuple[Line, Line]]) -> Judged:
     text = f"{larger} of {len(found)} in this order, {clear} clearly, {against} clearly reversed"
     if len(found) == 1:
         text = _points(found[0], pairs[0][0].unit)
-    holds = "yes" if clear == len(found) else "no" if against else "undecided"
-    return Judged(claim, text, holds)
+    return text, "yes" if clear == len(found) else "no" if against else "undecided"
 
 
 def _points(measure: Measure, unit: str | None) -> str:
@@ -189,35 +208,71 @@ def _points(measure: Measure, unit: str | None) -> str:
     return f"{factor * measure.value:+.3g} ({low:+.3g} to {high:+.3g}){name}"
 
 
-def _series(named: Series, name: str) -> np.ndarray:
+def _series(named: Series, name: str) -> list[Point]:
     if name not in named:
         raise unknown("series", name, named)
-    x, y = named[name]
-    return np.asarray(y, dtype=np.float64)[np.argsort(x, kind="stable")]
+    return sorted(named[name], key=lambda point: point.x)
 
 
-def _shown_curve(y: np.ndarray) -> str:
-    return f"from {y[0]:.4g} over {y[len(y) // 2]:.4g} to {y[-1]:.4g}"
+def _shown_curve(points: Sequence[Point]) -> str:
+    first, middle, last = points[0].y, points[len(points) // 2].y, points[-1].y
+    return f"from {first:.4g} over {middle:.4g} to {last:.4g}"
 
 
-def _mean_gap(found: Sequence[np.ndarray]) -> Measure:
-    """The mean of first - second over the points they share, with its t interval."""
-    if len(found) != 2 or len(found[0]) != len(found[1]):
+def _at(point: Point) -> Measure:
+    return Measure(point.y, Interval(point.low, point.high))
+
+
+def _gaps(found: Sequence[Sequence[Point]]) -> list[Measure]:
+    """First - second at each x, from their own intervals."""
+    if len(found) != 2 or [point.x for point in found[0]] != [point.x for point in found[1]]:
         raise InputError("two series at the same x are needed to compare them")
-    gap = found[0] - found[1]
-    low, high = ttest_1samp(gap, 0.0).confidence_interval(0.95)
-    return Measure(float(gap.mean()), Interval(float(low), float(high)))
+    return [apart(_at(one), _at(other)) for one, other in zip(*found, strict=True)]
 
 
-def _trend(rule: str, found: Sequence[np.ndarray]) -> str:
-    y = found[0] - found[1] if rule == "widens" else found[0]
+def _mean_gap(found: Sequence[Sequence[Point]]) -> Measure:
+    """The mean of first - second over the points they share. Its interval: the mean of theirs, as
+    points on the same images err together; of points without one the t interval over points."""
+    gaps = _gaps(found)
+    values = np.array([gap.value for gap in gaps])
+    bounds = np.array([gap.interval for gap in gaps])
+    if np.isnan(bounds).any():
+        low, high = ttest_1samp(values, 0.0).confidence_interval(0.95)
+        return Measure(float(values.mean()), Interval(float(low), float(high)))
+    low, high = bounds.mean(axis=0)
+    return Measure(float(values.mean()), Interval(float(low), float(high)))
+
+
+def _trend(rule: str, found: Sequence[Sequence[Point]]) -> str:
+    curve = _gaps(found) if rule == "widens" else [_at(point) for point in found[0]]
     if rule == "rises-then-falls":
-        peak = int(y.argmax())
-        return "yes" if 0 < peak < len(y) - 1 and y[peak] > max(y[0], y[-1]) else "no"
+        return _peaks(curve)
     signs = {"rises": 1, "widens": 1, "falls": -1}
     if rule not in signs:
         raise unknown("rule of a curve", rule, [*signs, "rises-then-falls"])
+    y = np.array([measure.value for measure in curve])
     if np.all(y == y[0]):
         return "no"
     slope = signs[rule] * float(spearmanr(np.arange(len(y)), y).statistic)
-    return "yes" if slope >= TREND else "no" if slope <= -TREND else "undecided"
+    if abs(slope) < TREND:
+        return "undecided"
+    low, high = sorted(signs[rule] * bound for bound in apart(curve[-1], curve[0]).interval)
+    if slope > 0:
+        return "undecided" if low <= 0 else "yes"  # nan, of a curve without intervals: its trend
+    return "undecided" if high >= 0 else "no"
+
+
+def _peaks(curve: Sequence[Measure]) -> str:
+    """Whether the highest point lies within, above both ends by more than the intervals allow."""
+    if len(curve) < 3:
+        return "undecided"
+    peak = max(curve[1:-1], key=lambda measure: measure.value)
+    rises = [apart(peak, end) for end in (curve[0], curve[-1])]
+    lows, highs = zip(*(_sure(rise) for rise in rises), strict=True)
+    return "yes" if min(lows) > 0 else "no" if min(highs) < 0 else "undecided"
+
+
+def _sure(measure: Measure) -> Interval:
+    """The interval, or the number itself of what cannot vary."""
+    low, _ = measure.interval
+    return measure.interval if low == low else Interval(measure.value, measure.value)

@@ -2,73 +2,158 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
+from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
 
 from robbench.checkpoints import key_of
 from robbench.datasets import Dataset
-from robbench.defense import resolve
-from robbench.errors import InputError, unknown
+from robbench.datasets.dataset import take
+from robbench.defense import Defense, resolve
+from robbench.errors import InputError, problem_of, unknown
 from robbench.metrics import Measure
-from robbench.metrics.costs import Cost, cost
+from robbench.metrics.costs import cost
 from robbench.papers.cells import Load, shrunk
 from robbench.papers.derived import UNKNOWN
-from robbench.papers.paper import Binding, Scale
+from robbench.papers.inputs import Inputs, Noting
+from robbench.papers.paper import Binding, Scale, Strict
+from robbench.randomness import preserved_random_state
+from robbench.records import write_text
 from robbench.runner import Shared
+from robbench.statistics import Interval
+from robbench.training import train
 
-ROUNDS = 5  # in which two defenses are timed in turn, so that a busy machine slows both
-Function = Callable[[str, Dataset, Shared, Mapping[str, Any]], float]
+BATCHES = 10  # of an epoch that is timed
+Take = Callable[[], float]  # one measurement
 
 
-def _inference(spec: str, dataset: Dataset, shared: Shared, arguments: Mapping[str, Any]) -> Cost:
-    deployed = shared.deploy(spec, dataset, 0).deployed
+class Function(NamedTuple):
+    """prepare: what measures the cost of a defense, once a call. rounds: in which two defenses take
+    turns, so that a busy machine slows both; 1 for what is counted."""
+
+    prepare: Callable[[str, Dataset, Noting, Mapping[str, Any]], Take]
+    rounds: int = 1
+
+
+def _pass(
+    spec: str, dataset: Dataset, shared: Noting, arguments: Mapping[str, Any]
+) -> Callable[[], object]:
+    """A forward pass over one batch."""
+    defense = shared.deploy(spec, dataset, 0).deployed
     count = min(int(arguments.get("batch", 1000)), len(dataset.test.y))
     x = dataset.subset(count).x.to(shared.device)
-    repeats = int(arguments.get("repeats", 100))
 
-    def pass_once() -> object:
+    def once() -> object:
         with torch.no_grad():
-            return deployed.sample(x, 1)
+            return defense.sample(x, 1)
 
-    return cost(pass_once, str(shared.device), repeats=repeats)
-
-
-def _seconds(spec: str, dataset: Dataset, shared: Shared, arguments: Mapping[str, Any]) -> float:
-    return _inference(spec, dataset, shared, arguments).seconds
+    return once
 
 
-def _memory(spec: str, dataset: Dataset, shared: Shared, arguments: Mapping[str, Any]) -> float:
-    """MB, as torch or the system held them at the peak."""
-    return _inference(spec, dataset, shared, {**arguments, "repeats": 1}).peak / 2**20
+def _seconds(spec: str, dataset: Dataset, shared: Noting, arguments: Mapping[str, Any]) -> Take:
+    once, device = _pass(spec, dataset, shared, arguments), str(shared.device)
+    repeats = max(1, int(arguments.get("repeats", 100)) // FUNCTIONS["inference-seconds"].rounds)
+    return lambda: cost(once, device, repeats=repeats).seconds
 
 
-def _epoch(spec: str, dataset: Dataset, shared: Shared, arguments: Mapping[str, Any]) -> float:
-    """Mean seconds of an epoch, as the training noted them."""
-    shared.deploy(spec, dataset, 0)
-    path = shared.shelf.find(key_of(resolve(spec)[0], dataset, 0))
-    if path is None:
-        raise InputError(f"{spec} has no checkpoint of its own to read its seconds from")
-    curve = json.loads(path.with_suffix(".json").read_text())["curve"]
-    return float(sum(point["seconds"] for point in curve) / len(curve))
+def _memory(spec: str, dataset: Dataset, shared: Noting, arguments: Mapping[str, Any]) -> Take:
+    """MB at the peak: on a CUDA device all that torch held, on a CPU what the pass added."""
+    once, device = _pass(spec, dataset, shared, arguments), str(shared.device)
+    return lambda: cost(once, device, repeats=1).peak / 2**20
 
 
-def _parameters(spec: str, dataset: Dataset, shared: Shared, arguments: Mapping[str, Any]) -> float:
-    parts = resolve(spec)
-    built = [part.build(dataset.shape, len(dataset.labels)) for part in parts]
-    return float(sum(value.numel() for members in built for value in members.parameters()))
+def _epoch(spec: str, dataset: Dataset, shared: Noting, arguments: Mapping[str, Any]) -> Take:
+    """Seconds of an epoch of all members, from its first batches."""
+    trained = [part for part in resolve(spec) if part.epochs]
+    if not trained:
+        raise InputError(f"{spec} has no training of its own to be timed")
+    takes = [_batches(part, dataset, shared) for part in trained]
+
+    def once() -> float:
+        return sum(each() for each in takes)
+
+    once()  # the first one warms up
+    return once
+
+
+def _batches(defense: Defense, dataset: Dataset, shared: Noting) -> Take:
+    """Begun as its training begins and given up after a few batches, time and again."""
+    (whole,) = resolve(defense.training_spec)
+    brief = whole.model_copy(update={"epochs": 1})
+    count = min(BATCHES * whole.batch_size, len(dataset.train.y))
+    validation = take(dataset.validation, range(min(1, len(dataset.validation.y))))
+    few = replace(dataset, train=take(dataset.train, range(count)), validation=validation)
+    steps, all_steps = (-(-size // whole.batch_size) for size in (count, len(dataset.train.y)))
+    with preserved_random_state():
+        key = key_of(whole, dataset, 0)
+        members = shared.shelf.beginning(whole, key, dataset, 0, shared.device)
+
+    def once() -> float:
+        with preserved_random_state():
+            curve = train(brief, copy.deepcopy(members), few, 0, shared.device)
+        return sum(point["seconds"] for point in curve) * all_steps / steps
+
+    return once
+
+
+def _parameters(spec: str, dataset: Dataset, shared: Noting, arguments: Mapping[str, Any]) -> Take:
+    return lambda: float(parameters(spec, dataset))
+
+
+def parameters(spec: str, dataset: Dataset) -> int:
+    """How many parameters all members of a defense have."""
+    with preserved_random_state():
+        built = [part.build(dataset.shape, len(dataset.labels)) for part in resolve(spec)]
+    return sum(value.numel() for members in built for value in members.parameters())
 
 
 FUNCTIONS: Mapping[str, Function] = {
-    "inference-seconds": _seconds,
-    "inference-memory": _memory,
-    "epoch-seconds": _epoch,
-    "parameters": _parameters,
+    "inference-seconds": Function(_seconds, 5),
+    "inference-memory": Function(_memory, 3),
+    "epoch-seconds": Function(_epoch, 3),
+    "parameters": Function(_parameters),
 }
-TIMED = ("inference-seconds",)
+
+
+DEPLOYED = ("inference-seconds", "inference-memory")  # costs of trained weights
+
+
+class Kept(Strict):
+    """A cost as it is kept. interval: from the least to the most of the rounds; none of what is
+    counted."""
+
+    value: Annotated[FiniteFloat, Field(ge=0)]
+    interval: tuple[FiniteFloat, FiniteFloat] | None = None
+    inputs: Inputs
+
+    @model_validator(mode="after")
+    def _inside(self) -> Kept:
+        if self.interval and not 0 <= self.interval[0] <= self.value <= self.interval[1]:
+            raise ValueError("the value does not lie in its interval")
+        return self
+
+    @property
+    def measure(self) -> Measure:
+        return Measure(self.value, Interval(*self.interval) if self.interval else UNKNOWN)
+
+
+def timed(binding: Binding) -> bool:
+    """Whether the cost depends on the machine."""
+    return _look_up(binding).rounds > 1
+
+
+def _look_up(binding: Binding) -> Function:
+    name = str(binding.function)
+    if name not in FUNCTIONS:
+        raise unknown("cost", name, FUNCTIONS)
+    return FUNCTIONS[name]
 
 
 def cost_key(binding: Binding, scale: Scale) -> str:
@@ -84,37 +169,58 @@ def cost_key(binding: Binding, scale: Scale) -> str:
     return " · ".join(parts)
 
 
-def measure_cost(binding: Binding, scale: Scale, load: Load, shared: Shared) -> float:
-    """The cost, or its ratio to that of arguments.over, timed in turn."""
-    function = FUNCTIONS.get(str(binding.function))
-    if function is None:
-        raise unknown("cost", str(binding.function), FUNCTIONS)
+def deployed(binding: Binding, scale: Scale) -> list[tuple[str, str]]:
+    """(dataset, canonical spec) of what a cost is of, and of what it is over."""
     assert binding.defense and binding.dataset
-    dataset = load(scale.datasets.get(binding.dataset, binding.dataset))
-    own = shrunk(binding.defense, binding.dataset, scale)
     over = binding.arguments.get("over")
-    if not over:
-        return function(own, dataset, shared, binding.arguments)
-    other = shrunk(over["defense"], binding.dataset, scale)
-    rounds = ROUNDS if binding.function in TIMED else 1
-    arguments = {**binding.arguments}
-    if rounds > 1:
-        arguments["repeats"] = max(1, int(arguments.get("repeats", 100)) // rounds)
-    pairs = [
-        (function(own, dataset, shared, arguments), function(other, dataset, shared, arguments))
-        for _ in range(rounds)
-    ]
-    return sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)
+    there = scale.datasets.get(binding.dataset, binding.dataset)
+    names = [binding.defense, *([over["defense"]] if over else [])]
+    return [(there, shrunk(name, binding.dataset, scale)) for name in names]
 
 
-def read_costs(path: Path) -> dict[str, Measure]:
-    """Costs that were measured once, by their key; none without the file."""
+def counted(binding: Binding, scale: Scale, load: Load) -> float:
+    """The parameters, or their ratio."""
+    first, *second = [parameters(spec, load(name)) for name, spec in deployed(binding, scale)]
+    return first / second[0] if second else float(first)
+
+
+def measure_cost(binding: Binding, scale: Scale, load: Load, shared: Shared) -> Kept:
+    """The cost, or its ratio to that of arguments.over: the median of the rounds. InputError where
+    there is none to be had."""
+    function, noting = _look_up(binding), Noting.over(shared)
+    made_of = deployed(binding, scale)
+    dataset, specs = load(made_of[0][0]), [spec for _, spec in made_of]
+    noting.note(dataset, *specs)
+    takes = [function.prepare(spec, dataset, noting, binding.arguments) for spec in specs]
+    rounds = np.array([[take() for take in takes] for _ in range(function.rounds)])
+    if not np.isfinite(rounds).all() or (rounds[:, 1:] == 0).any():
+        raise InputError(f"{binding.function} cannot be measured on {shared.device} here")
+    found = rounds[:, 0] / rounds[:, 1] if len(takes) > 1 else rounds[:, 0]
+    return Kept(
+        value=float(np.median(found)),
+        interval=(float(found.min()), float(found.max())) if function.rounds > 1 else None,
+        inputs=noting.inputs(),
+    )
+
+
+_FILE = TypeAdapter(dict[str, Kept])
+
+
+def read_costs(path: Path) -> dict[str, Kept]:
+    """Costs that were measured once, by their key; none without the file, InputError for another
+    one."""
     if not path.exists():
         return {}
-    return {key: Measure(value, UNKNOWN) for key, value in json.loads(path.read_text()).items()}
+    try:
+        return _FILE.validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the costs {path} are broken ({problem_of(error)}); delete the file and run"
+            " 'robbench reproduce' again"
+        ) from None
 
 
-def write_costs(path: Path, costs: Mapping[str, Measure]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {key: measure.value for key, measure in sorted(costs.items())}
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+def write_costs(path: Path, costs: Mapping[str, Kept]) -> None:
+    """The file of these costs, all or nothing of it."""
+    values = {key: kept.model_dump(mode="json") for key, kept in sorted(costs.items())}
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, t
 
 from robbench import statistics
 from robbench.defense import resolve
@@ -147,15 +147,16 @@ def _distance(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measur
     assert record.distance is not None
     lengths = record.distance.astype(np.float64)
     error = float(lengths.std(ddof=1) / np.sqrt(len(lengths))) if len(lengths) > 1 else 0.0
+    half = float(t.ppf(0.975, max(1, len(lengths) - 1))) * error
     mean = float(lengths.mean())
-    return Measure(mean, Interval(mean - 1.96 * error, mean + 1.96 * error))
+    return Measure(mean, Interval(mean - half, mean + half))
 
 
 def _auc(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
     """AUC in [0, 1] of the detector's score: images that are right when clean and wrong on x' are
     the adversarial class, the same images without attack the normal one (paper 003, part III).
 
-    nan without any such image. DeLong-like interval: of the per-image mean of the placements.
+    nan without any such image.
     """
     (record,) = records
     if record.score is None or record.clean_score is None:
@@ -166,14 +167,10 @@ def _auc(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
     if not broken.any():
         return Measure(float("nan"), UNKNOWN)
     normal, adversarial = record.clean_score[broken], record.score[broken]
-    value = auc(normal, adversarial)
-    m = len(normal)
     above = np.array([np.mean(normal > each) + np.mean(normal == each) / 2 for each in adversarial])
     below = np.array([np.mean(each > adversarial) + np.mean(each == adversarial) / 2
                       for each in normal])  # fmt: skip
-    error = np.sqrt((above.var() + below.var()) / max(m - 1, 1))
-    low, high = max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
-    return Measure(value, Interval(float(low), float(high)))
+    return Measure(auc(normal, adversarial), statistics.placement(above, below))
 
 
 DERIVED: Mapping[str, Derived] = {

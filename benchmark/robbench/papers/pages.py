@@ -1,99 +1,74 @@
-"""Reproduced tables as text, markdown, LaTeX, CSV and JSON; a page per paper and scale."""
+"""Reproduced tables and claims as text and markdown; a page per paper and scale."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 from tabulate import tabulate
 
-from robbench.audit import badge
 from robbench.defense import shown
 from robbench.papers.claims import Judged
-from robbench.papers.derived import measured
 from robbench.papers.paper import Figure, Paper, Table
-from robbench.papers.reproduction import (
-    SHARES,
-    Line,
-    made_of,
-    shown_strongest,
-    shown_value,
-    verdict,
+from robbench.papers.reproduction import Line
+from robbench.papers.wording import (
+    HEADS,
+    MADE,
+    SCALED,
+    described,
+    footnotes,
+    label,
+    notes_of,
+    published,
+    rule,
+    stated,
+    summary,
+    unit,
+    values,
 )
 from robbench.tables import tabulated
-from robbench.threat import format_eps
-
-SCALED = {
-    "smoke": "digits, tiny networks, one epoch: shows that everything runs, and nothing else",
-    "cpu": "small networks on subsets, for hours of a CPU: numbers are those of other networks and"
-    " other images than the paper's, which every row names",
-    "paper": "the paper's own data sets, networks and epochs",
-}
-GREEK = (("ε", "$\\varepsilon$"), ("σ", "$\\sigma$"), ("ω", "$\\omega$"), ("λ", "$\\lambda$"))
-HEADS = ["", "published", "measured (95 %)", "strongest (95 %)", "verdict"]
-MADE = ["dataset", "networks", "n", "epochs"]
 
 
-def stated(line: Line) -> list[str]:
-    """Dataset, networks, n and epochs of a number; of what is derived, of its first cell."""
-    if not line.cells:
-        return ["", "", "", ""]
-    cell = line.cells[0]
-    networks, epochs = made_of(cell)
-    return [cell.dataset, networks, str(cell.n), epochs]
-
-
-def _parts(line: Line) -> list[str]:
-    printed = "" if line.number.printed is None else str(line.number.printed)
-    value = shown_value(line.measure, line.unit) if line.measure else ""
-    return [printed, value, shown_strongest(line), verdict(line)]
-
-
-def _label(line: Line) -> str:
-    return ", ".join(str(label) for label in line.number.labels if label is not None)
-
-
-def text_table(table: Table, lines: Sequence[Line]) -> str:
+def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
     """A table for the terminal: a block for each printed row, a line for each of its numbers."""
-    parts = [textwrap.fill(f"{table.title} ({_unit(table)})", 80)]
+    parts = [textwrap.fill(f"{table.title} ({unit(table)})", 80)]
     if not table.columns:
         parts += [textwrap.fill(" · ".join(map(str, row.labels)), 80) for row in table.rows]
-    for label, group in groupby(lines, _label):
+    for title, group in groupby(lines, label):
         row = list(group)
-        said = list(dict.fromkeys(" · ".join(_described(line)) for line in row if line.cells))
-        parts += [textwrap.fill(label, 80), *(_indented(each) for each in said)]
-        body = [[f"  {line.number.column}", *_parts(line)] for line in row]
+        parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(row))]
+        body = [[f"  {line.number.column}", *values(line)] for line in row]
         widths = [None, None, None, 18, 14]
         parts.append(tabulate(body, HEADS, "plain", disable_numparse=True, maxcolwidths=widths))
-    notes = (textwrap.fill(f"note: {note}", 80, subsequent_indent="  ") for note in table.notes)
-    return "\n".join([*parts, *notes])
+    return "\n".join([*parts, *map(_note, notes)])
 
 
 def _indented(text: str) -> str:
     return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ")
 
 
-def _unit(table: Table) -> str:
-    return f"in {table.unit}" if table.unit else "without a unit"
+def _note(text: str) -> str:
+    return textwrap.fill(f"note: {text}", 80, subsequent_indent="  ")
 
 
-def _described(line: Line) -> list[str]:
-    dataset, networks, n, epochs = stated(line)
-    return [dataset, networks, f"n = {n}", f"{epochs} epochs" if epochs else "not trained"]
+def markdown_table(name: str, table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
+    """A table under its heading: a line for each number, with what it was measured on, and below
+    them the footnotes."""
+    if table.columns:
+        body = [
+            [label(line), line.number.column, *values(line), *stated([line]), _attacked(line)]
+            for line in lines
+        ]
+        grid = tabulated(body, [", ".join(table.heads), "column", *HEADS[1:], *MADE, "attack"])
+    else:  # nothing but words
+        grid = tabulated([list(row.labels) for row in table.rows], list(table.heads))
+    parts = [f"## {name}: {table.title}", f"{unit(table).capitalize()}.", grid]
+    return "\n\n".join([*parts, *_listed(notes)])
 
 
-def markdown_table(table: Table, lines: Sequence[Line]) -> str:
-    """A table for the page: a line for each number, with what it was measured on."""
-    if not table.columns:  # nothing but words
-        return tabulated([list(row.labels) for row in table.rows], list(table.heads))
-    body = [
-        [_label(line), line.number.column, *_parts(line), *stated(line), _attacked(line)]
-        for line in lines
-    ]
-    heads = [", ".join(table.heads), "column", *HEADS[1:], *MADE, "attack"]
-    return tabulated(body, heads)
+def _listed(notes: Sequence[str]) -> list[str]:
+    return ["\n".join(f"- {note}" for note in notes)] if notes else []
 
 
 def _attacked(line: Line) -> str:
@@ -106,168 +81,42 @@ def _attacked(line: Line) -> str:
     return f"`{cell.attack}`, {cell.threat}, {setting}"
 
 
-def latex_table(paper: Paper, name: str, lines: Sequence[Line], scale: str) -> str:
-    """The table as a LaTeX float in the paper's own shape: under every column what was published
-    and what was measured. Needs the package booktabs."""
-    table = paper.tables[name]
-    columns = list(table.columns)
-    heads = [*table.heads]
-    for column in columns:
-        heads += [f"{column} (paper)", f"{column} (here)"]
-    heads += ["dataset", "networks", "n", "epochs"]
-    body = []
-    for label, group in groupby(lines, lambda line: line.number.labels):
-        row = list(group)
-        cells = ["" if part is None else str(part) for part in label]
-        for line in row:
-            cells += _parts(line)[:2]
-        cells += [", ".join(dict.fromkeys(filter(None, part))) for part in
-                  zip(*(stated(line) for line in row), strict=True)]  # fmt: skip
-        body.append(cells)
-    grid = tabulate(body, heads, "latex_booktabs", disable_numparse=True)
-    return _float(
-        paper,
-        name,
-        grid,
-        f"{table.title} ({_unit(table)}); published by {paper.authors[0]} et al. and"
-        f" measured with robbench at the scale {scale}: {SCALED[scale]}",
-    )
-
-
-def bibtex(paper: Paper) -> str:
-    """The BibTeX entry of the paper, under its key."""
-    fields = dict(paper.bibtex)
-    kind = fields.pop("ENTRYTYPE")
-    fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors), **fields}
-    if paper.year:
-        fields["year"] = str(paper.year)
-    body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
-    return f"@{kind}{{{paper.key},\n{body}\n}}"
-
-
-def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
-    """A number as plain values, for CSV and JSON."""
-    dataset, networks, n, epochs = stated(line)
-    cell = line.cells[0] if line.cells else None
-    measure, strongest = line.measure, line.strongest
-    return {
-        "paper": paper.key,
-        "number": line.number.path,
-        "kind": line.number.binding.kind,
-        "published": line.number.printed,
-        "unit": line.unit or "",
-        "scale": scale,
-        "measured": _rounded(measure.value, line.unit) if measure else None,
-        "low": _rounded(measure.interval.low, line.unit) if measure else None,
-        "high": _rounded(measure.interval.high, line.unit) if measure else None,
-        "strongest": _rounded(measured(strongest, "accuracy").value, line.unit)
-        if strongest
-        else None,
-        "strongest_attack": strongest.cell.attack if strongest else "",
-        "badge": badge(line.audited) if line.audited and measure else "",
-        "reason": line.why,
-        "dataset": dataset,
-        "networks": networks,
-        "n": n,
-        "epochs": epochs,
-        "defense": cell.defense if cell else "",
-        "attack": cell.attack if cell else "",
-        "norm": cell.threat.norm if cell else "",
-        "eps": format_eps(cell.threat.eps) if cell else "",
-        "setting": str(cell.setting) if cell else "",
-        "cells": " ".join(each.id[:16] for each in line.cells),
-        "seconds": round(line.seconds, 1),
-    }
-
-
-def _rounded(value: float, unit: str | None) -> float | None:
-    return None if value != value else round(value * (100 if unit in SHARES else 1), 4)
-
-
 def claims_table(judged: Sequence[Judged]) -> str:
-    """Each claim with its measured counterpart and whether it holds at this scale."""
+    """The claims under their heading: each with its measured counterpart, the rule it is held
+    against and whether it holds at this scale, and below them the numbered footnotes."""
+    marks, notes = footnotes(judged)
     body = [
-        [each.claim.where, each.claim.what, _printed(each), each.measured, each.holds]
-        for each in judged
+        [
+            each.claim.where,
+            each.claim.what + mark,
+            published(each.claim),
+            each.measured,
+            rule(each.claim),
+            each.holds,
+            *stated(each.lines),
+        ]
+        for each, mark in zip(judged, marks, strict=True)
     ]
-    return tabulated(body, ["where", "claim", "published", "measured", "holds here"])
+    heads = ["where", "claim", "published", "measured", "holds if", "holds here", *MADE]
+    parts = ["## Claims of the text", summary(judged), tabulated(body, heads)]
+    return "\n\n".join([*parts, *_listed([f"[{k}] {note}" for k, note in enumerate(notes, 1)])])
 
 
 def claims_text(judged: Sequence[Judged]) -> str:
     """The same for the terminal, a paragraph for each claim."""
-    return "\n".join(
-        textwrap.fill(_said(each), 80, initial_indent="- ", subsequent_indent="  ")
-        for each in judged
-    )
+    parts = [f"{textwrap.fill(summary(judged), 80)}\n"]
+    for each in judged:
+        parts.append(textwrap.fill(_said(each), 80, initial_indent="- ", subsequent_indent="  "))
+        parts += map(_indented, described(each.lines))
+        parts += [_indented(f"note: {each.claim.note}")] if each.claim.note else []
+    return "\n".join(parts)
 
 
 def _said(each: Judged) -> str:
-    published = f", published {_printed(each)}" if _printed(each) else ""
+    printed = f", published {published(each.claim)}" if published(each.claim) else ""
     measured = f", measured {each.measured}" if each.measured else ""
-    return f"{each.claim.where}: {each.claim.what}{published}{measured}: {each.holds}"
-
-
-def flat_claim(paper: Paper, scale: str, each: Judged) -> dict[str, Any]:
-    """A claim as plain values, for CSV and JSON."""
-    return {
-        "paper": paper.key,
-        "where": each.claim.where,
-        "claim": each.claim.what,
-        "published": each.claim.value,
-        "unit": each.claim.unit or "",
-        "scale": scale,
-        "measured": each.measured,
-        "holds": each.holds,
-    }
-
-
-def latex_claims(paper: Paper, judged: Sequence[Judged], scale: str) -> str:
-    """The claims as a LaTeX float."""
-    body = [
-        [each.claim.what, _printed(each), each.measured, each.holds]
-        for each in judged
-        if not each.claim.text
-    ]
-    heads = ["claim", "published", "measured", "holds here"]
-    caption = f"What the text claims, measured with robbench at the scale {scale}"
-    return _float(paper, "claims", tabulate(body, heads, "latex_booktabs", disable_numparse=True),
-                  f"{caption}: {SCALED[scale]}")  # fmt: skip
-
-
-def _float(paper: Paper, name: str, grid: str, caption: str) -> str:
-    for sign, command in (("–", "--"), ("×", "$\\times$"), *GREEK):
-        grid = grid.replace(sign, command)
-    for sign in "&%$#_{}":
-        caption = caption.replace(sign, f"\\{sign}")
-    for sign, command in GREEK:
-        caption = caption.replace(sign, command)
-    return "\n".join(
-        [
-            "\\begin{table}",
-            f"\\caption{{{caption}~\\cite{{{paper.key}}}.}}",
-            f"\\label{{tab:{paper.key}-{name}}}",
-            grid,
-            "\\end{table}",
-        ]
-    )
-
-
-def _printed(each: Judged) -> str:
-    value, unit = each.claim.value, each.claim.unit
-    if value is None:
-        return ""
-    return f"{value} {unit or ''}".strip()
-
-
-def summary(judged: Sequence[Judged]) -> str:
-    """How many claims hold, in one line."""
-    counted = {word: sum(each.holds == word for each in judged) for word in ("yes", "no")}
-    open_ones = sum(each.holds in ("undecided", "not defined here") for each in judged)
-    left = len(judged) - sum(counted.values()) - open_ones
-    return (
-        f"{len(judged)} claims: {counted['yes']} hold at this scale, {counted['no']} do not,"
-        f" {open_ones} are not decided by so few images, {left} have no measured counterpart."
-    )
+    condition = f"; holds if {rule(each.claim)}" if rule(each.claim) else ""
+    return f"{each.claim.where}: {each.claim.what}{printed}{measured}{condition}: {each.holds}"
 
 
 def page(
@@ -292,14 +141,11 @@ def page(
         f"{len(taken)} published numbers in {len(tables)} tables; {missing} are not measured yet."
         f" Attacks took {_hours(sum(records.values()))} of one core, trainings {_hours(trained)}.",
     ]
+    notes = notes_of(paper, tables)
     for name, lines in tables.items():
-        table = paper.tables[name]
-        parts += [f"## {name}: {table.title}", f"{_unit(table).capitalize()}."]
-        if table.notes:
-            parts.append("\n".join(f"- {note}" for note in table.notes))
-        parts.append(markdown_table(table, lines))
+        parts.append(markdown_table(name, paper.tables[name], lines, notes[name]))
     if judged:
-        parts += ["## Claims of the text", summary(judged), claims_table(judged)]
+        parts.append(claims_table(judged))
     if figures:
         parts += ["## Figures", *_figures(paper, scale, figures)]
     return "\n\n".join(parts) + "\n"

@@ -12,9 +12,9 @@ from robbench.datasets import Dataset
 from robbench.defense import Defense
 from robbench.errors import InputError
 from robbench.grid import Cell
-from robbench.metrics import Measure, outcomes
+from robbench.metrics import Measure
 from robbench.papers.cells import UNBOUNDED, cell_of, shrunk, strongest_of
-from robbench.papers.costs import cost_key
+from robbench.papers.costs import cost_key, deployed
 from robbench.papers.derived import bindings_of, measured, size_of, value_of
 from robbench.papers.paper import Binding, Number, Paper, Scale
 from robbench.records import Record
@@ -35,6 +35,7 @@ class Line(NamedTuple):
     records: tuple[Record, ...] = ()
     strongest: Record | None = None
     audited: Audited | None = None
+    deployed: tuple[tuple[str, str], ...] = ()  # behind a cost: datasets and defenses
 
     @property
     def seconds(self) -> float:
@@ -86,13 +87,11 @@ class Reproduction:
 
     def strongest(self, binding: Binding, cell: Cell) -> Cell | None:
         """The suite beside one cell of a number, where the number is an accuracy under attack."""
-        under_attack = binding.kind == "cell" and not binding.measure.startswith("clean")
-        if not under_attack or cell.threat.target != "none" and cell.setting.kind == "transfer":
+        if not comparable(binding, cell):
             return None
-        key = repr(threat_of(cell)) + str(binding.eps == UNBOUNDED)
+        key = repr(threat_of(cell))
         if key not in self._suites:
-            bound = binding.eps != UNBOUNDED
-            self._suites[key] = strongest_of(cell, self.overlay, self.load, bound)
+            self._suites[key] = strongest_of(cell, self.overlay, self.load)
         return self._suites[key]
 
     def line(self, number: Number, unit: str | None, known: Known) -> Line:
@@ -100,14 +99,17 @@ class Reproduction:
         binding = number.binding
         if binding.kind == "cost":
             measure = self.costs.get(cost_key(binding, self.overlay))
-            return Line(number, unit, (), measure, "" if measure else "not measured")
+            made = Line(number, unit, (), measure, "" if measure else "not measured")
+            return made._replace(deployed=tuple(deployed(binding, self.overlay)))
         if binding.kind in ("quoted", "text"):
             said = f"quoted: {binding.source}" if binding.kind == "quoted" else binding.source
             return Line(number, unit, (), None, str(said))
         cells = tuple(self.cells_of(binding))
         found = tuple(known.records[cell.id] for cell in cells if cell.id in known.records)
         if len(found) < len(cells):
-            return Line(number, unit, cells, None, "not measured", found)
+            failed = [known.failed[cell.id] for cell in cells if cell.id in known.failed]
+            why = f"failed: {failed[0]}" if failed else "not measured"
+            return Line(number, unit, cells, None, why, found)
         try:
             measure = value_of(binding, found)
         except InputError as error:
@@ -115,18 +117,28 @@ class Reproduction:
         line = Line(number, unit, cells, measure, "", found)
         if binding.kind != "cell" or binding.measure.startswith("clean"):
             return line  # no attack on one defense, no verdict on it
-        if self.strongest(binding, cells[0]):
-            line = line._replace(strongest=known.weakest.get(threat_of(cells[0])))
+        if comparable(binding, cells[0]):
+            line = line._replace(strongest=known.weakest(cells[0], binding.measure))
         return line._replace(audited=known.audits.get(cells[0].id))
 
 
+def comparable(binding: Binding, cell: Cell) -> bool:
+    """Whether other attacks on the same defense may stand beside a number: it is an accuracy under
+    an attack with an ε that the paper counts."""
+    under_attack = binding.kind == "cell" and not binding.measure.startswith("clean")
+    aimed = cell.threat.target != "none" and cell.setting.kind == "transfer"
+    bound = cell.threat.eps is not None and binding.eps != UNBOUNDED
+    return under_attack and bound and not aimed
+
+
 class Known(NamedTuple):
-    """What has been measured so far: finished records by cell id, what the checks say of them, and
-    of every defense and threat the record of the lowest accuracy."""
+    """What has been measured so far: finished records by cell id, why others failed, what the
+    checks say of them, and the attacks on every defense and threat."""
 
     records: Mapping[str, Record]
+    failed: Mapping[str, str]
     audits: Mapping[str, Audited]
-    weakest: Mapping[tuple[object, ...], Record]
+    attacks: Mapping[tuple[object, ...], Sequence[Record]]
 
     @classmethod
     def of(
@@ -139,7 +151,15 @@ class Known(NamedTuple):
             audits = {}
             for dataset in dict.fromkeys(record.cell.dataset for record in records):
                 audits |= audit([record for record in records if record.cell.dataset == dataset])
-        return cls(finished, audits, by_threat(records, least))
+        failed = {record.id: record.reason or "" for record in records if record.status != "ok"}
+        return cls(finished, failed, audits, by_threat(records, least))
+
+    def weakest(self, cell: Cell, measure: str) -> Record | None:
+        """The record with the least of a measure, of errors the most, among the attacks on the
+        cell's defense and threat."""
+        found = self.attacks.get(threat_of(cell), ())
+        worst = max if measure == "incorrect" else min
+        return worst(found, key=lambda record: measured(record, measure).value, default=None)
 
 
 def threat_of(cell: Cell) -> tuple[object, ...]:
@@ -148,16 +168,12 @@ def threat_of(cell: Cell) -> tuple[object, ...]:
     return cell.dataset, cell.data, cell.defense, cell.defense_version, plain, cell.train_seed
 
 
-def by_threat(records: Sequence[Record], least: int) -> dict[tuple[object, ...], Record]:
-    """Of every defense and threat the record of the lowest accuracy, on `least` images or more, of
-    attackers who do not need a target."""
-    found: dict[tuple[object, ...], Record] = {}
+def by_threat(records: Sequence[Record], least: int) -> dict[tuple[object, ...], list[Record]]:
+    """Of every defense and threat the attacks for an error, on `least` images or more."""
+    found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        if record.status != "ok" or record.cell.n < least or record.cell.threat.goal != "error":
-            continue
-        key = threat_of(record.cell)
-        if key not in found or outcomes(record).mean() < outcomes(found[key]).mean():
-            found[key] = record
+        if record.status == "ok" and record.cell.n >= least and record.cell.threat.goal == "error":
+            found.setdefault(threat_of(record.cell), []).append(record)
     return found
 
 
@@ -171,12 +187,13 @@ def shown_value(measure: Measure, unit: str | None) -> str:
 
 
 def shown_strongest(line: Line) -> str:
-    """The lowest accuracy that any attack left, with the attack."""
+    """The least that any attack left of what the number counts, with the attack."""
     if line.strongest is None:
         unbound = line.measure is not None and line.number.binding.eps == UNBOUNDED
         return "no ε to compare at" if unbound else ""
     record = line.strongest
-    return f"{with_interval(measured(record, 'accuracy'))} {record.cell.attack}"
+    left = measured(record, line.number.binding.measure)
+    return f"{with_interval(left)} {record.cell.attack}"
 
 
 def verdict(line: Line) -> str:
@@ -186,9 +203,9 @@ def verdict(line: Line) -> str:
     return badge(line.audited) if line.audited else ""
 
 
-def made_of(cell: Cell) -> tuple[str, str]:
-    """Networks with the number of their members, and the epochs, of a cell's defense."""
-    parts = parts_of(cell.defense)
+def made_of(defense: str) -> tuple[str, str]:
+    """Networks with the number of their members, and the epochs, of a defense."""
+    parts = parts_of(defense)
     networks = ", ".join(
         f"{part.size} × {network_of(part)}" if part.size > 1 else network_of(part) for part in parts
     )

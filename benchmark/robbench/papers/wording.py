@@ -1,0 +1,141 @@
+"""What numbers and claims were measured on, and what must be true of them, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from robbench.papers.claims import MARGIN, TREND, Judged
+from robbench.papers.paper import Claim, Paper, Table
+from robbench.papers.reproduction import Line, made_of, shown_strongest, shown_value, verdict
+
+SCALED = {
+    "smoke": "digits, tiny networks, one epoch: shows that everything runs, and nothing else",
+    "cpu": "small networks on subsets, for hours of a CPU: numbers are those of other networks and"
+    " other images than the paper's, which every row names",
+    "paper": "the paper's own data sets, networks and epochs",
+}
+HEADS = ["", "published", "measured (95 %)", "strongest (95 %)", "verdict"]
+MADE = ["dataset", "networks", "n", "epochs"]
+RULES = {
+    "near": "the published value lies in the interval",
+    "zero": "within ±{}",
+    "positive": "more than 0",
+    "negative": "less than 0",
+    "above": "more than {}",
+    "below": "less than {}",
+    "rises": f"its end clearly above its beginning, rank correlation {TREND} or more",
+    "falls": f"its end clearly below its beginning, rank correlation -{TREND} or less",
+    "widens": f"the gap clearly larger at its end, rank correlation {TREND} or more",
+    "rises-then-falls": "its highest point clearly above both ends",
+}
+
+
+def grounds(lines: Sequence[Line]) -> list[tuple[str, str, str, str]]:
+    """Dataset, networks, n and epochs of everything behind these numbers, each combination once; n
+    is empty for a cost."""
+    behind = [(cell.dataset, cell.defense, str(cell.n)) for line in lines for cell in line.cells]
+    behind += [(dataset, defense, "") for line in lines for dataset, defense in line.deployed]
+    found = []
+    for dataset, defense, n in dict.fromkeys(behind):
+        networks, epochs = made_of(defense)
+        found.append((dataset, networks, n, epochs))
+    return list(dict.fromkeys(found))
+
+
+def stated(lines: Sequence[Line]) -> list[str]:
+    """The same as four columns: one value where all agree, else all that occur."""
+    columns = zip(*grounds(lines), strict=True)
+    return ["; ".join(dict.fromkeys(filter(None, each))) for each in columns] or [""] * len(MADE)
+
+
+def described(lines: Sequence[Line]) -> list[str]:
+    """The same as `digits · resnet8 · n = 200 · 20 epochs`."""
+    return [
+        " · ".join(
+            [
+                dataset,
+                networks,
+                *([f"n = {n}"] if n else []),
+                f"{epochs} epochs" if epochs else "not trained",
+            ]
+        )
+        for dataset, networks, n, epochs in grounds(lines)
+    ]
+
+
+def values(line: Line) -> list[str]:
+    """Published, measured, strongest and verdict."""
+    printed = "" if line.number.printed is None else str(line.number.printed)
+    value = shown_value(line.measure, line.unit) if line.measure else ""
+    return [printed, value, shown_strongest(line), verdict(line)]
+
+
+def label(line: Line) -> str:
+    """What the row of a number is called."""
+    return ", ".join(str(label) for label in line.number.labels if label is not None)
+
+
+def unit(table: Table) -> str:
+    return f"in {table.unit}" if table.unit else "without a unit"
+
+
+def notes_of(paper: Paper, tables: Mapping[str, Sequence[Line]]) -> dict[str, list[str]]:
+    """The footnotes of each table: those of the print, and one where a smaller scale has made cells
+    of it cells of a table before it."""
+    first: dict[str, str] = {}  # the table in which a cell stands first, by its id
+    notes = {}
+    for name, lines in tables.items():
+        measured = [[cell.id for cell in line.cells] for line in lines if line.cells]
+        shared = Counter(first[ids[0]] for ids in measured if first.keys() >= set(ids))
+        notes[name] = [*paper.tables[name].notes, *_shared(shared, len(measured))]
+        for ids in measured:
+            for each in ids:
+                first.setdefault(each, name)
+    return notes
+
+
+def _shared(shared: Mapping[str, int], total: int) -> list[str]:
+    if not shared:
+        return []
+    parts = [f"{count} with {name}" for name, count in shared.items()]
+    return [
+        f"At this scale {sum(shared.values())} of {total} numbers share their cells with another"
+        f" table: {', '.join(parts)}."
+    ]
+
+
+def rule(claim: Claim) -> str:
+    """What must be true of the counterpart of a claim; empty where nothing measures it."""
+    if claim.text:
+        return ""
+    if len(claim.order) > 1:
+        return f"each of {len(claim.order)} pairs in this order, clearly"
+    name, _, limit = claim.holds.partition(":")
+    if claim.order:
+        name = "positive"
+    words = RULES.get(name, claim.holds).format(limit or MARGIN)
+    return f"{claim.curve.figure}: {words}" if claim.curve else words
+
+
+def published(claim: Claim) -> str:
+    """What the paper printed, with its unit."""
+    return "" if claim.value is None else f"{claim.value} {claim.unit or ''}".strip()
+
+
+def footnotes(judged: Sequence[Judged]) -> tuple[list[str], list[str]]:
+    """The marks of the claims, such as ` [2]`, and the notes in the order of their numbers."""
+    notes = list(dict.fromkeys(each.claim.note for each in judged if each.claim.note))
+    marks = [f" [{notes.index(each.claim.note) + 1}]" if each.claim.note else "" for each in judged]
+    return marks, notes
+
+
+def summary(judged: Sequence[Judged]) -> str:
+    """How many claims hold, in one line."""
+    counted = {word: sum(each.holds == word for each in judged) for word in ("yes", "no")}
+    open_ones = sum(each.holds in ("undecided", "not defined here") for each in judged)
+    left = len(judged) - sum(counted.values()) - open_ones
+    return (
+        f"{len(judged)} claims: {counted['yes']} hold at this scale, {counted['no']} do not,"
+        f" {open_ones} are not decided by so few images, {left} have no measured counterpart."
+    )
