@@ -13,14 +13,14 @@ import torch
 from scipy.stats import ttest_rel
 from sklearn.metrics import roc_auc_score
 
-from robbench import figures, reproducing, statistics
+from robbench import figures, statistics
 from robbench.checkpoints import Shelf
 from robbench.datasets import load as dataset
 from robbench.errors import InputError
 from robbench.executors import measure as measure_cells
 from robbench.grid import Cell, Setting
 from robbench.metrics.diversity import entropy_measure
-from robbench.papers import cells, claims, costs, derived, estimate, latex, load, wording
+from robbench.papers import cells, claims, costs, derived, estimate, latex, ledger, load, wording
 from robbench.papers.inputs import inputs_on
 from robbench.papers.paper import Binding, Claim, Scale, keys
 from robbench.papers.reproduction import Known
@@ -656,16 +656,16 @@ def test_an_epoch_is_timed_by_its_first_batches(tmp_path, monkeypatch):
 def test_costs_of_two_processes_are_all_kept(monkeypatch, tmp_path):
     part = part_of("sdr:claims", "smoke", tmp_path, dataset)
     kept = costs.Kept(value=1.0, inputs=inputs_on(torch.device("cpu")))
-    wanted = list(part._costly)
+    wanted = list(part.costs.every)
 
     def measured(*arguments):
-        others = costs.read_costs(part.costs_file)
-        costs.write_costs(part.costs_file, {**others, wanted[-1]: kept})  # the other process
+        others = costs.read_costs(part.costs.file)
+        costs.write_costs(part.costs.file, {**others, wanted[-1]: kept})  # the other process
         return kept
 
-    monkeypatch.setattr(reproducing, "measure_cost", measured)
+    monkeypatch.setattr(ledger, "measure_cost", measured)
     assert part.measure_costs(shared_in(tmp_path)) == []
-    assert costs.read_costs(part.costs_file).keys() == part.costs.keys() == set(wanted)
+    assert costs.read_costs(part.costs.file).keys() == part.costs.known.keys() == set(wanted)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -686,14 +686,14 @@ def test_costs_of_another_device_are_measured_again(monkeypatch, tmp_path):
     made = inputs_on(torch.device("cpu"))
     there = made.environment.model_copy(update={"device": "NVIDIA"})
     old = costs.Kept(value=2.0, inputs=made.model_copy(update={"environment": there}))
-    costs.write_costs(part.costs_file, dict.fromkeys(part._costly, old))
-    part.look_up_costs()
-    assert len(part.costs) == len(part._costly)  # --show takes them as they are
+    costs.write_costs(part.costs.file, dict.fromkeys(part.costs.every, old))
+    part.costs.look_up()
+    assert len(part.costs.known) == len(part.costs.every)  # --show takes them as they are
     new = costs.Kept(value=1.0, inputs=made)
-    monkeypatch.setattr(reproducing, "measure_cost", lambda *arguments: new)
+    monkeypatch.setattr(ledger, "measure_cost", lambda *arguments: new)
     part.measure_costs(shared_in(tmp_path))
-    for key, measure in part.costs.items():
-        assert measure.value == (1.0 if costs.timed(part._costly[key]) else 2.0)
+    for key, measure in part.costs.known.items():
+        assert measure.value == (1.0 if costs.timed(part.costs.every[key]) else 2.0)
 
 
 def test_computed_data_is_made_again_where_it_is_cut_or_of_something_else(tmp_path, monkeypatch):
@@ -732,11 +732,11 @@ def test_a_figure_whose_records_are_missing_stops_no_page(tmp_path):
 def test_show_says_what_is_stale_in_a_line(robbench, tmp_path):
     part = part_of("sdr:claims", "smoke", tmp_path, dataset)
     old = inputs_on(torch.device("cpu"), versions={"standard": "0"})
-    key = next(iter(part._costly))
-    costs.write_costs(part.costs_file, {key: costs.Kept(value=2.0, inputs=old)})
+    key = next(iter(part.costs.every))
+    costs.write_costs(part.costs.file, {key: costs.Kept(value=2.0, inputs=old)})
     call = ("reproduce", "sdr:claims", "--scale", "smoke", "--out", tmp_path, "--show")
     code, _, err = robbench(*call)
     assert code == 0 and err.count("\n") == 1 and "stale, standard has another version" in err
-    part.costs_file.write_text("[1]")
+    part.costs.file.write_text("[1]")
     code, out, err = robbench(*call)
     assert (code, out, err.count("\n")) == (2, "", 1) and "delete the file" in err

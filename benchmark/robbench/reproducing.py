@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -21,19 +21,9 @@ from robbench.errors import InputError
 from robbench.figures import Drawing, Rows
 from robbench.figures.kept import keep, outdated, plan_of
 from robbench.grid import Cell
-from robbench.metrics import Measure
 from robbench.papers import claims as spoken
-from robbench.papers.costs import (
-    DEPLOYED,
-    cost_key,
-    counted,
-    deployed,
-    measure_cost,
-    read_costs,
-    timed,
-    write_costs,
-)
 from robbench.papers.inputs import Noting
+from robbench.papers.ledger import Ledger
 from robbench.papers.paper import SCALES, Binding, Figure, Number, Paper, keys, select
 from robbench.papers.reproduction import Known, Line, Reproduction
 from robbench.records import Store
@@ -54,14 +44,9 @@ class Part:
     part: str | None = None
 
     def __post_init__(self) -> None:
-        self.costs: dict[str, Measure] = {}
-        self.stale: dict[str, str] = {}  # cost key -> why what is kept does not count
-        self.reproduction = Reproduction(self.paper, self.scale, self.load, self.costs)
-        self.look_up_costs()
-
-    @property
-    def costs_file(self) -> Path:
-        return self.out / "papers" / f"{self.paper.key}.{self.scale}.costs.json"
+        self.reproduction = Reproduction(self.paper, self.scale, self.load)
+        costs = self.out / "papers" / f"{self.paper.key}.{self.scale}.costs.json"
+        self.costs = Ledger(self.reproduction, costs, self._shelf)
 
     @property
     def tables(self) -> list[str]:
@@ -116,18 +101,8 @@ class Part:
         return list({cell.id: cell for cell in (*cells, *looked)}.values())
 
     def trainings(self, shelf: Shelf | None = None) -> list[Training]:
-        """What costs and figures that are to be measured need trained; of an epoch that is timed
-        what it starts from."""
-        found = []
-        for key, binding in self._costs_of(self.numbers()).items():
-            for dataset, spec in deployed(binding, self.reproduction.overlay):
-                if key in self.costs:
-                    continue
-                if binding.function in DEPLOYED:
-                    found.append(Training(dataset, spec))
-                elif binding.function == "epoch-seconds":
-                    bases = [part.base_spec() for part in resolve(spec)]
-                    found += [Training(dataset, str(base)) for base in bases if base]
+        """What costs and figures that are to be measured need trained."""
+        found = self.costs.trainings(self.costs.of(self.numbers()))
         for drawing, arguments in self._computed(shelf):
             found += drawing.trainings(self.reproduction, arguments)
         for cell in self.shown(shelf):
@@ -151,54 +126,14 @@ class Part:
             if is_computed(figure) and self._outdated(name, shelf):
                 yield figures.drawings.get(str(figure.draw)), figure.arguments
 
-    def look_up_costs(self, device: torch.device | None = None, shelf: Shelf | None = None) -> None:
-        """The costs that are kept, and those of them that something else was measured for: other
-        images, versions or weights; where a device is given, another device or number of threads.
-        shelf: of the weights, by default those beside the records."""
-        self.costs.clear()
-        self.stale.clear()
-        for key, kept in read_costs(self.costs_file).items():
-            why = kept.inputs.outdated(self.load, shelf or self._shelf)
-            if key not in self._costly:
-                why = "the paper has no such cost"
-            elif device and timed(self._costly[key]) and not kept.inputs.made_here(device):
-                made = kept.inputs
-                why = f"it was measured on {made.environment.device} by {made.threads} threads"
-            if why:
-                self.stale[key] = why
-            else:
-                self.costs[key] = kept.measure
-
     @property
     def _shelf(self) -> Shelf:
         return Shelf([self.out / "checkpoints"])
 
-    @cached_property
-    def _costly(self) -> dict[str, Binding]:
-        """All costs of the paper, by their key."""
-        return self._costs_of(self._every.values())
-
-    def _costs_of(self, numbers: Iterable[Number]) -> dict[str, Binding]:
-        overlay, bindings = self.reproduction.overlay, [number.binding for number in numbers]
-        return {cost_key(each, overlay): each for each in bindings if each.kind == "cost"}
-
     def measure_costs(self, shared: Shared) -> list[str]:
-        """The costs that nobody has measured yet as things are here, kept one by one; why one could
-        not be measured."""
-        failed = []
-        for key, binding in self._costs_of(self.numbers()).items():
-            self.look_up_costs(shared.device, shared.shelf)  # others may have measured it meanwhile
-            if key in self.costs:
-                continue
-            try:
-                found = measure_cost(binding, self.reproduction.overlay, self.load, shared)
-            except InputError as error:
-                failed.append(f"not measured: {key} ({error})")
-                continue
-            kept = {**read_costs(self.costs_file), key: found}
-            write_costs(self.costs_file, {k: v for k, v in kept.items() if k in self._costly})
-        self.look_up_costs(shared.device, shared.shelf)
-        return failed
+        """The costs of the part that nobody has measured yet as things are here; why one could not
+        be measured."""
+        return self.costs.measure(self.costs.of(self.numbers()), shared)
 
     def draw(self, shared: Shared, known: Known) -> list[str]:
         """The figures of the part as CSV, SVG and PNG; why one could not be drawn. What is computed
@@ -261,22 +196,12 @@ class Part:
     def doubts(self, known: Known) -> list[str]:
         """A line for every cost and every drawn figure of the part that is not what would be
         measured now."""
-        asked = self._costs_of(self.numbers())
-        costs = {key: why for key, why in self.stale.items() if self.part is None or key in asked}
-        for key in asked.keys() & self.costs.keys():
-            there = self._counted(asked[key])
-            if there is not None and there != self.costs[key].value:
-                costs[key] = f"there are {there:g}"
-        found = [f"{self.costs_file}: {key} is stale, {why}" for key, why in costs.items()]
+        found = self.costs.doubts(self.costs.of(self.numbers()), self.part is None)
         for name in self.drawn():
             if why := self._doubt(name, known):
                 found.append(f"{self.data_of(name)} is stale, {why}")
         again = f"run 'robbench reproduce {self.paper.key} --scale {self.scale}'"
         return [f"{line}; {again}" for line in found]
-
-    def _counted(self, binding: Binding) -> float | None:
-        """A cost that can be counted without measuring anything."""
-        return None if timed(binding) else counted(binding, self.reproduction.overlay, self.load)
 
     def _doubt(self, name: str, known: Known) -> str | None:
         if is_computed(self.figures[name]):

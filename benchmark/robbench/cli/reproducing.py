@@ -73,14 +73,14 @@ def reproduce_command(**options: Any) -> None:
     cells = part.cells()
     if options["show"]:
         if options["device"] != "auto":
-            part.look_up_costs(choose_device(options["device"]))
+            part.costs.look_up(choose_device(options["device"]))
         known = known_of(part, cells)
         for doubt in part.doubts(known):
             click.echo(doubt, err=True)
         click.echo(rendered(part, known, options["form"]))
         return
     shared, store = Shared(out, data_dir, choose_device(options["device"])), Store(out)
-    part.look_up_costs(shared.device, shared.shelf)
+    part.costs.look_up(shared.device, shared.shelf)
     missing = [cell for cell in cells if store.get(cell) is None]
     trainings, shown = part.trainings(shared.shelf), part.shown(shared.shelf)
     if options["estimate"] or ((missing or trainings or shown) and not options["quiet"]):

@@ -50,7 +50,7 @@ class Reproduction:
     paper: Paper
     scale: str
     load: Callable[[str], Dataset]
-    costs: Mapping[str, Measure] = field(default_factory=dict)
+    costs: dict[str, Measure] = field(default_factory=dict)
     _cells: dict[str, list[Cell]] = field(default_factory=dict)  # by binding: specs take a while
     _suites: dict[str, Cell | None] = field(default_factory=dict)
 
