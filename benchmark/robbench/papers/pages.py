@@ -11,7 +11,7 @@ from tabulate import tabulate
 from robbench.defense import shown
 from robbench.papers.claims import Judged
 from robbench.papers.paper import Figure, Paper, Table
-from robbench.papers.reproduction import Line
+from robbench.papers.reproduction import Line, shown_strongest
 from robbench.papers.wording import (
     HEADS,
     MADE,
@@ -29,27 +29,44 @@ from robbench.papers.wording import (
 )
 from robbench.tables import tabulated
 
+BRIEF = ["", "published", "measured", "strongest", "verdict"]
+WIDTHS = [18, 9, 17, 20, 10]  # of a table for 80 columns
+
 
 def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
-    """A table for the terminal: a block for each printed row, a line for each of its numbers."""
-    parts = [textwrap.fill(f"{table.title} ({unit(table)})", 80)]
+    """A table for 80 columns: a block for each printed row, a line for each of its numbers. Attacks
+    and reasons stand below it, under their marks."""
+    marks: dict[str, str] = {}
+    parts = [textwrap.fill(f"{table.title} ({unit(table)}, 95 % intervals)", 80)]
     if not table.columns:
         parts += [textwrap.fill(" · ".join(map(str, row.labels)), 80) for row in table.rows]
     for title, group in groupby(lines, label):
         row = list(group)
         parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(row))]
-        body = [[f"  {line.number.column}", *values(line)] for line in row]
-        widths = [None, None, None, 18, 14]
-        parts.append(tabulate(body, HEADS, "plain", disable_numparse=True, maxcolwidths=widths))
+        body = [_brief(line, marks) for line in row]
+        parts.append(tabulate(body, BRIEF, "plain", disable_numparse=True, maxcolwidths=WIDTHS))
+    parts += [_note(text, mark) for text, mark in marks.items()]
     return "\n".join([*parts, *map(_note, notes)])
+
+
+def _brief(line: Line, marks: dict[str, str]) -> list[str]:
+    """Column, published, measured, strongest and verdict; what is too long for them goes into
+    marks."""
+    printed, value, _, verdict = values(line)
+    left, attack = shown_strongest(line)
+    if attack:
+        left = f"{left} {marks.setdefault(attack, f'[{len(marks) + 1}]')}".strip()
+    if line.measure is None:
+        verdict = marks.setdefault(verdict, f"[{len(marks) + 1}]")
+    return [line.number.column.replace("_", " "), printed, value, left, verdict]
 
 
 def _indented(text: str) -> str:
     return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ")
 
 
-def _note(text: str) -> str:
-    return textwrap.fill(f"note: {text}", 80, subsequent_indent="  ")
+def _note(text: str, mark: str = "note:") -> str:
+    return textwrap.fill(f"{mark} {text}", 80, subsequent_indent="  ")
 
 
 def markdown_table(name: str, table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:

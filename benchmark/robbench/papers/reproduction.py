@@ -186,14 +186,14 @@ def shown_value(measure: Measure, unit: str | None) -> str:
     return f"{value} ({low:.4g}–{high:.4g})" if low == low else value
 
 
-def shown_strongest(line: Line) -> str:
-    """The least that any attack left of what the number counts, with the attack."""
+def shown_strongest(line: Line) -> tuple[str, str]:
+    """The least that any attack left of what the number counts, and the attack, or why nothing
+    stands there."""
     if line.strongest is None:
         unbound = line.measure is not None and line.number.binding.eps == UNBOUNDED
-        return "no ε to compare at" if unbound else ""
+        return "", "no ε to compare at" if unbound else ""
     record = line.strongest
-    left = measured(record, line.number.binding.measure)
-    return f"{with_interval(left)} {record.cell.attack}"
+    return with_interval(measured(record, line.number.binding.measure)), record.cell.attack
 
 
 def verdict(line: Line) -> str:

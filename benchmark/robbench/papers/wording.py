@@ -68,7 +68,7 @@ def values(line: Line) -> list[str]:
     """Published, measured, strongest and verdict."""
     printed = "" if line.number.printed is None else str(line.number.printed)
     value = shown_value(line.measure, line.unit) if line.measure else ""
-    return [printed, value, shown_strongest(line), verdict(line)]
+    return [printed, value, " ".join(filter(None, shown_strongest(line))), verdict(line)]
 
 
 def label(line: Line) -> str:
