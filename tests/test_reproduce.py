@@ -332,6 +332,13 @@ def test_a_table_is_measured_and_printed(robbench, out):
     assert re.search(r"ifgsm20 +46\.03 +\d+\.\d \(\d", text)
 
 
+def test_the_paper_s_scale_is_estimated_without_its_images(robbench, tmp_path):
+    call = ("reproduce", "sdr:table2", "--scale", "paper", "--estimate", "--data-dir", tmp_path)
+    code, text, err = robbench(*call, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert text.startswith("4 trainings, about ")
+
+
 def shown(robbench, out, form, what="enresnet:table7"):
     call = ("reproduce", what, "--scale", "smoke", "--out", out, "--show", "--format", form)
     code, text, err = robbench(*call)

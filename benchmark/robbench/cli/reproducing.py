@@ -69,7 +69,8 @@ def reproduce_command(**options: Any) -> None:
     from robbench.runner import Shared
 
     out, data_dir = options["out"], options["data_dir"]
-    part = part_of(options["what"], options["scale"], out, loader(out, data_dir))
+    load = loader(out, data_dir, options["estimate"])
+    part = part_of(options["what"], options["scale"], out, load)
     cells = part.cells()
     if options["show"]:
         if options["device"] != "auto":
@@ -83,6 +84,8 @@ def reproduce_command(**options: Any) -> None:
     part.costs.look_up(shared.device, shared.shelf)
     missing = [cell for cell in cells if store.get(cell) is None]
     trainings, shown = part.trainings(shared.shelf), part.shown(shared.shelf)
+    if options["estimate"]:
+        shared.given |= {each.dataset: load(each.dataset) for each in (*cells, *trainings)}
     if options["estimate"] or ((missing or trainings or shown) and not options["quiet"]):
         said = estimate(missing, shared, workers_of(options), trainings, shown)
         click.echo(said, err=not options["estimate"])

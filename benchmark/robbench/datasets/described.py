@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -53,11 +54,27 @@ def described(name: str, digest: str) -> Dataset:
     """A built-in dataset, or its view NAME@COUNT, by its name and hash; KeyError for others."""
     kind = name.partition("@")[0]
     facts = FACTS[kind]
-    none = Split(torch.zeros(0, *facts.shape), torch.zeros(0, dtype=torch.int64))
-    count = COUNTS[kind][1]
-    # one number, seen as all pixels
-    test = Split(torch.zeros(()).expand(count, *facts.shape), torch.zeros(count).long())
+    none, test = _blank(0, facts), _blank(COUNTS[kind][1], facts)
     labels = tuple(str(label) for label in range(facts.labels))
-    made = Described(name, none, none, test, labels, facts.eps, facts.control)
-    vars(made)["hash"] = digest  # a cached property of pixels that are not here
-    return made
+    return _hashed(Described(name, none, none, test, labels, facts.eps, facts.control), digest)
+
+
+def blank(name: str) -> Dataset:
+    """As many black images as a built-in dataset has, to learn from too: what takes how long can be
+    tried on them. KeyError for other names."""
+    facts, learning = FACTS[name], COUNTS[name][0]
+    held = learning // 10
+    train, validation = _blank(learning - held, facts), _blank(held, facts)
+    made = replace(described(name, ""), train=train, validation=validation)
+    return _hashed(made, f"{name}, blank")
+
+
+def _blank(count: int, facts: Facts) -> Split:
+    """One number, seen as all pixels."""
+    x = torch.zeros(()).expand(count, *facts.shape)
+    return Split(x, torch.arange(count) % facts.labels)
+
+
+def _hashed(dataset: Dataset, digest: str) -> Dataset:
+    vars(dataset)["hash"] = digest  # a cached property of pixels that are not here
+    return dataset
