@@ -97,13 +97,15 @@ class _Line:
     def first(self, radii: Tensor) -> Tensor:
         """(N, R) rising radii -> (N,) the place of the first that breaks, R where none does.
 
-        As many radii at once as the remaining images leave room for in a pass.
+        As many radii at once as the remaining images leave room for in a pass; one by one, each
+        with draws of its own, where one draw that errs is enough.
         """
         number = radii.shape[1]
         places = torch.full_like(self.y, number)
         active, start = torch.arange(len(places), device=places.device), 0
         while start < number and len(active):
-            part = radii[active, start : start + max(1, self.access.deployed.chunk // len(active))]
+            room = 1 if self.access.lucky else max(1, self.access.deployed.chunk // len(active))
+            part = radii[active, start : start + room]
             line, count = self.of(active), part.shape[1]
             aim = None if line.target is None else line.target.repeat(count)
             points = line.at(part).flatten(0, 1)

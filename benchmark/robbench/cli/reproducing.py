@@ -85,7 +85,8 @@ def reproduce_command(**options: Any) -> None:
     missing = [cell for cell in cells if store.get(cell) is None]
     trainings, shown = part.trainings(shared.shelf), part.shown(shared.shelf)
     if options["estimate"]:
-        shared.given |= {each.dataset: load(each.dataset) for each in (*cells, *trainings)}
+        names = {cell.dataset for cell in cells} | {each.dataset for each in trainings}
+        shared.given |= {name: load(name) for name in names}
     if options["estimate"] or ((missing or trainings or shown) and not options["quiet"]):
         said = estimate(missing, shared, workers_of(options), trainings, shown)
         click.echo(said, err=not options["estimate"])

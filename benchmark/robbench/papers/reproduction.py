@@ -190,7 +190,9 @@ def shown_strongest(line: Line) -> tuple[str, str]:
     """The least that any attack left of what the number counts, and the attack, or why nothing
     stands there."""
     if line.strongest is None:
-        unbound = line.measure is not None and line.number.binding.eps == UNBOUNDED
+        binding = line.number.binding
+        attacked = binding.kind == "cell" and not binding.measure.startswith("clean")
+        unbound = line.measure is not None and attacked and binding.eps == UNBOUNDED
         return "", "no ε to compare at" if unbound else ""
     record = line.strongest
     return with_interval(measured(record, line.number.binding.measure)), record.cell.attack
