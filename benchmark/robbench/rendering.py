@@ -120,7 +120,8 @@ def page_files(part: Part, known: Known) -> dict[Path, str]:
     stem = part.out / "papers" / f"{part.paper.key}.{part.scale}"
     tables, judged = part.lines(known), part.judged(known)
     trained = part.trained()
-    text = pages.page(part.paper, part.scale, tables, judged, part.page_figures(), trained)
+    shown = part.page_figures()
+    text = pages.page(part.paper, part.scale, tables, judged, shown, trained, part.took())
     return {
         stem.with_name(f"{stem.name}.md"): text,
         stem.with_name(f"{stem.name}.csv"): as_csv(_flat(part, tables)),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from robbench.datasets.described import FACTS, blank, described
 from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.figures import Drawing, Rows
-from robbench.figures.kept import keep, outdated, plan_of
+from robbench.figures.kept import keep, kept_of, outdated, plan_of
 from robbench.grid import Cell
 from robbench.papers import claims as spoken
 from robbench.papers.inputs import Noting
@@ -149,8 +150,10 @@ class Part:
                     for each in drawing.trainings(self.reproduction, figure.arguments):
                         noting.note(noting.dataset(each.dataset), each.defense)
                     sources = figures.Sources(self.reproduction, known, noting)
+                    begin = perf_counter()
                     rows = drawing.data(sources, figure.arguments)
-                    keep(file, rows, plan_of(figure, self.reproduction), noting.inputs())
+                    took = perf_counter() - begin
+                    keep(file, rows, plan_of(figure, self.reproduction), noting.inputs(), took)
                 plot = drawing.plot(figures.read(file), figure.arguments)
             except InputError as error:
                 failed.append(f"{name} is not drawn: {error}")
@@ -211,6 +214,15 @@ class Part:
         except InputError as error:
             return str(error)
         return None
+
+    def took(self) -> dict[str, float]:
+        """Seconds behind the data of figures that was computed."""
+        found = {}
+        for name in self.drawn():
+            if is_computed(self.figures[name]):
+                with contextlib.suppress(InputError):  # `doubts` says it
+                    found[name] = kept_of(self.data_of(name)).seconds
+        return found
 
     def page_figures(self) -> dict[str, Figure]:
         """All figures of the paper; those that nobody has drawn yet with that for a reason."""

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat
 
 from robbench.attacks import Configured
 from robbench.checkpoints import Shelf
@@ -19,11 +21,13 @@ from robbench.records import write_text
 
 
 class Kept(Strict):
-    """What a CSV was made of. csv: its SHA-256; plan: that of what was asked for."""
+    """What a CSV was made of. csv: its SHA-256; plan: that of what was asked for; seconds: that it
+    took."""
 
     csv: Sha256
     plan: Sha256
     inputs: Inputs
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
 
 
 def plan_of(figure: Figure, reproduction: Reproduction) -> str:
@@ -49,12 +53,23 @@ def _attacks(value: Any) -> Iterator[str]:
             yield from _attacks(each)
 
 
-def keep(data: Path, rows: Rows, plan: str, inputs: Inputs) -> None:
+def keep(data: Path, rows: Rows, plan: str, inputs: Inputs, seconds: float) -> None:
     """Write the CSV, and then what it was made of."""
     write(data, rows)
-    kept = Kept(csv=_sha256(data), plan=plan, inputs=inputs)
+    kept = Kept(csv=_sha256(data), plan=plan, inputs=inputs, seconds=round(seconds, 1))
     text = json.dumps(kept.model_dump(mode="json"), indent=1, sort_keys=True)
     write_text(data.with_suffix(".json"), text + "\n")
+
+
+def kept_of(data: Path) -> Kept:
+    """What the CSV was made of; InputError where nothing says so."""
+    file = data.with_suffix(".json")
+    try:
+        return Kept.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{file.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file.name} is broken ({problem_of(error)})") from None
 
 
 def outdated(data: Path, figure: Figure, reproduction: Reproduction, shelf: Shelf) -> str | None:
@@ -62,12 +77,7 @@ def outdated(data: Path, figure: Figure, reproduction: Reproduction, shelf: Shel
     if not data.exists():
         return "it is missing"
     try:
-        kept = Kept.model_validate_json(data.with_suffix(".json").read_bytes())
-    except FileNotFoundError:
-        return f"{data.with_suffix('.json').name} is missing"
-    except (OSError, ValueError) as error:
-        return f"{data.with_suffix('.json').name} is broken ({problem_of(error)})"
-    try:
+        kept = kept_of(data)
         if kept.csv != _sha256(data):
             return "it is not as it was written"
         if kept.plan != plan_of(figure, reproduction):

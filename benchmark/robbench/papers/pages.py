@@ -80,7 +80,8 @@ def markdown_table(name: str, table: Table, lines: Sequence[Line], notes: Sequen
         grid = tabulated(body, [", ".join(table.heads), "column", *HEADS[1:], *MADE, "attack"])
     else:  # nothing but words
         grid = tabulated([list(row.labels) for row in table.rows], list(table.heads))
-    parts = [f"## {name}: {table.title}", f"{unit(table).capitalize()}.", grid]
+    taken = f" Attacks took {_attacks(lines)} of one core." if table.columns else ""
+    parts = [f"## {name}: {table.title}", f"{unit(table).capitalize()}.{taken}", grid]
     return "\n\n".join([*parts, *_listed(notes)])
 
 
@@ -143,20 +144,17 @@ def page(
     judged: Sequence[Judged],
     figures: Mapping[str, Figure],
     trained: float,
+    took: Mapping[str, float],
 ) -> str:
-    """The page of a paper at one scale, as markdown. trained: seconds that its trainings took."""
+    """The page of a paper at one scale, as markdown. trained: seconds of all its trainings; took:
+    of the data of a figure that was computed."""
     taken = {line.number.path: line for lines in tables.values() for line in lines}
-    records = {
-        record.id: record.cost.get("seconds", 0.0)
-        for line in taken.values()
-        for record in (*line.records, *([line.strongest] if line.strongest else []))
-    }
     missing = sum(line.measure is None and bool(line.cells) for line in taken.values())
     parts = [
         f"# {paper.title}",
         f"{', '.join(paper.authors)}. {paper.venue}. Scale `{scale}`: {SCALED[scale]}.",
         f"{len(taken)} published numbers in {len(tables)} tables; {missing} are not measured yet."
-        f" Attacks took {_hours(sum(records.values()))} of one core, trainings {_hours(trained)}.",
+        f" Attacks took {_attacks(list(taken.values()))} of one core, trainings {_hours(trained)}.",
     ]
     notes = notes_of(paper, tables)
     for name, lines in tables.items():
@@ -164,19 +162,32 @@ def page(
     if judged:
         parts.append(claims_table(judged))
     if figures:
-        parts += ["## Figures", *_figures(paper, scale, figures)]
+        parts += ["## Figures", *_figures(paper, scale, figures, took)]
     return "\n\n".join(parts) + "\n"
 
 
-def _figures(paper: Paper, scale: str, figures: Mapping[str, Figure]) -> Iterator[str]:
+def _figures(
+    paper: Paper, scale: str, figures: Mapping[str, Figure], took: Mapping[str, float]
+) -> Iterator[str]:
     for name, figure in figures.items():
         if figure.reason:
             yield f"**{name}**: {figure.shows}. Not drawn: {figure.reason}."
             continue
         file = f"{paper.key}/{name}.{scale}"
-        yield f"**{name}**: {figure.shows}. [Data]({file}.csv), [SVG]({file}.svg)."
+        taken = f", computed in {_hours(took[name])}" if name in took else ""
+        yield f"**{name}**: {figure.shows}. [Data]({file}.csv){taken}, [SVG]({file}.svg)."
         yield f"![{figure.shows}]({file}.png)"
         yield "\n".join(f"- {note}" for note in figure.notes)
+
+
+def _attacks(lines: Sequence[Line]) -> str:
+    """How long the attacks behind these numbers took, each once."""
+    seconds = {
+        record.id: record.cost.get("seconds", 0.0)
+        for line in lines
+        for record in (*line.records, *([line.strongest] if line.strongest else []))
+    }
+    return _hours(sum(seconds.values()))
 
 
 def _hours(seconds: float) -> str:
