@@ -126,7 +126,7 @@ def _remade(cell: Cell, dataset: Dataset) -> Cell:
     """The one cell that a grid of this cell's words gives."""
     threat, setting = cell.threat, cell.setting
     suite = Configured.of(cell.attack).entry.suite
-    averaged = setting.kind in ("adaptive", "transfer") and setting.eot != 1
+    averaged = setting.kind in ("adaptive", "transfer")
     asked = block(
         dataset=cell.dataset,
         n=cell.n,
