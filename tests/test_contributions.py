@@ -14,10 +14,13 @@ import torch
 from robbench import registry
 from robbench.cli import main
 from robbench.contributions import collect, problems
+from robbench.contributions.beside import _remade
 from robbench.contributions.files import file_problems
 from robbench.contributions.pages import paper_pages
 from robbench.datasets import DATASETS
+from robbench.datasets import load as dataset_of
 from robbench.datasets.described import FACTS, described
+from robbench.grid import block
 from robbench.papers import costs
 from robbench.papers.reproduction import Known
 from robbench.records import Record, Store, images_digest, images_file, read, read_images
@@ -507,3 +510,22 @@ def test_every_dataset_can_be_described():
     assert len(made.test.y) == len(digits.test.y)
     with pytest.raises(Exception, match="has 500 images"):
         made.subset(501)
+
+
+@pytest.mark.parametrize("eot", [1, 20])
+def test_transfer_from_a_stochastic_oracle_can_be_made_again_whatever_its_draws(eot):
+    digits = dataset_of("digits")
+    asked = block(
+        dataset="digits",
+        n=10,
+        defense=["standard"],
+        attack=["pgd"],
+        norm=["linf"],
+        eps=["0.1"],
+        setting=["transfer"],
+        oracle=["ito"],
+        eot=eot,
+    )
+    (cell,) = asked.cells(digits, None)
+    assert cell.setting.eot == eot
+    assert _remade(cell.model_copy(update={"data": ""}), digits).setting.eot == eot
