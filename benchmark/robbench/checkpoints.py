@@ -250,7 +250,7 @@ class Shelf:
                 "dataset": dataset.name,
                 "dataset_hash": dataset.hash,
                 "train_seed": seed,
-                "sha256": _sha256(temporary),
+                "sha256": sha256_of(temporary),
                 "torch": torch.__version__,
                 "curve": curve,
             }
@@ -314,5 +314,6 @@ class _Recipe(BaseModel):
     curve: list[_Point] = []
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from robbench.errors import InputError, unknown
 
 LIBRARIES = ("torch", "torchvision", "torchattacks", "adversarial-robustness-toolbox", "numpy")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Environment(BaseModel):

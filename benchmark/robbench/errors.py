@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """Bad input; the message says what came in, what is allowed and what to write instead."""
+
+
+def check_timeout(seconds: float | None) -> None:
+    """InputError for what no lock can wait; None is no limit."""
+    if seconds is not None and not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise InputError(f"timeout = {seconds}: write a positive number of seconds or leave it out")
 
 
 def problem_of(error: Exception) -> str:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from robbench.audit import is_diagnostic
-from robbench.errors import InputError
+from robbench.errors import InputError, check_timeout
 from robbench.grid import Cell
 from robbench.records import Record, Store
 from robbench.runner import Part, Shared, Training, images_of, merge, reason_of, shards
@@ -53,8 +53,7 @@ def measure(
     trainings: what else is to be trained. Why a training failed stands in `shared.untrained`, and
     whoever needs it is told.
     """
-    if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise InputError(f"timeout = {timeout}: write a positive number of seconds or leave it out")
+    check_timeout(timeout)
     parts: dict[str, list[Part]] = {cell.id: [] for cell in cells}
     refused: list[Record] = []
     sizes = {cell.id: len(shards(cell.n, shared.dataset(cell.dataset).shape)) for cell in cells}

@@ -128,6 +128,11 @@ class Passes(NamedTuple):
         return Passes(factor * self.forwards, factor * self.backwards)
 
 
+def looked_at(dataset: Dataset) -> int:
+    """Images that a training looks at after each epoch."""
+    return sum(min(LOOKED_AT, len(part.y)) for part in (dataset.train, dataset.validation))
+
+
 def training_passes(spec: str, dataset: Dataset) -> Passes:
     """Of all epochs of a training, with the looks at the end of each."""
     (defense,) = resolve(spec)
@@ -135,7 +140,7 @@ def training_passes(spec: str, dataset: Dataset) -> Passes:
     if inner := defense.adversarial:
         steps += 1 if inner.kind == "fgsm" else inner.steps
         steps += inner.clean > 0 or inner.kind == "trades"
-    looks = sum(min(LOOKED_AT, len(part.y)) for part in (dataset.train, dataset.validation))
+    looks = looked_at(dataset)
     gradients = steps * len(dataset.train.y)
     return Passes(gradients + looks, gradients).times(defense.epochs * defense.size)
 

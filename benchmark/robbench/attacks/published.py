@@ -45,9 +45,8 @@ VERSIONS = {"jsma": 2, "deepfool": 2, "local-search": 2, "fgsm-line-search": 2}
 
 # Attack -> paper -> settings. pace: the step in ε. target: the rule of an untargeted threat. once:
 # as many steps as there are features to be changed, and no more. lucky: one draw that errs ends the
-# search. Of a list of losses the first that
-# the defense has. Sources: the texts, and where they say nothing the code that their authors
-# released.
+# search. Of a list of losses the first that the defense has. Sources: the texts, and where they say
+# nothing the code that their authors released.
 TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "fgsm": {
         "enresnet": {"loss": "ce"},

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from robbench.errors import InputError
+from robbench.errors import InputError, check_timeout
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,8 +42,7 @@ def attack_option(function: F) -> F:
 
 
 def _seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value <= threading.TIMEOUT_MAX:
-        raise InputError(f"timeout = {value}: write a positive number of seconds or leave it out")
+    check_timeout(value)
     return value
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from robbench import registry
 from robbench.attacks import Configured
-from robbench.checkpoints import key_of, recipe_of
+from robbench.checkpoints import key_of, recipe_of, sha256_of
 from robbench.datasets import Dataset, kind
 from robbench.datasets.described import FACTS, described
 from robbench.defense import resolve
@@ -50,8 +50,7 @@ class Beside:
         for path in sorted(folder.glob("*.json")):
             try:
                 recipe = recipe_of(path)
-                content = path.with_suffix(".safetensors").read_bytes()
-                sha256 = hashlib.sha256(content).hexdigest()
+                sha256 = sha256_of(path.with_suffix(".safetensors"))
                 if (recipe["key"], recipe["sha256"]) != (path.stem, sha256):
                     raise ValueError("its key or its SHA-256 differs")
                 weights[path.stem] = sha256

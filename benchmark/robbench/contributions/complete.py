@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from robbench.environment import Environment
+from robbench.environment import Environment, Sha256
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Keys = Annotated[list[Sha256], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -80,7 +80,7 @@ class Sources:
 
     def dataset(self, name: str) -> Any:
         """The dataset that stands for one of the paper's."""
-        return self.shared.dataset(self.scale.datasets.get(name, name))
+        return self.shared.dataset(self.scale.dataset(name))
 
 
 class Drawing(NamedTuple):

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat
 
 from robbench.attacks import Configured
-from robbench.checkpoints import Shelf
+from robbench.checkpoints import Shelf, sha256_of
+from robbench.environment import Sha256
 from robbench.errors import InputError, problem_of
 from robbench.figures import Rows, drawings, write
-from robbench.papers.inputs import Inputs, Sha256
+from robbench.papers.inputs import Inputs
 from robbench.papers.paper import Figure, Strict
 from robbench.papers.reproduction import Reproduction
 from robbench.records import write_text
@@ -56,7 +57,7 @@ def _attacks(value: Any) -> Iterator[str]:
 def keep(data: Path, rows: Rows, plan: str, inputs: Inputs, seconds: float) -> None:
     """Write the CSV, and then what it was made of."""
     write(data, rows)
-    kept = Kept(csv=_sha256(data), plan=plan, inputs=inputs, seconds=round(seconds, 1))
+    kept = Kept(csv=sha256_of(data), plan=plan, inputs=inputs, seconds=round(seconds, 1))
     text = json.dumps(kept.model_dump(mode="json"), indent=1, sort_keys=True)
     write_text(data.with_suffix(".json"), text + "\n")
 
@@ -78,7 +79,7 @@ def outdated(data: Path, figure: Figure, reproduction: Reproduction, shelf: Shel
         return "it is missing"
     try:
         kept = kept_of(data)
-        if kept.csv != _sha256(data):
+        if kept.csv != sha256_of(data):
             return "it is not as it was written"
         if kept.plan != plan_of(figure, reproduction):
             return "the figure or the scale has changed"
@@ -95,7 +96,3 @@ def _defenses(figure: Figure, reproduction: Reproduction) -> set[str]:
     trained = drawing.trainings(reproduction, figure.arguments)
     attacked = drawing.attacks(reproduction, figure.arguments)
     return {each.defense for each in trained} | {each.defense for each in attacked}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -32,7 +32,7 @@ def training_of(
     defense: str, dataset: str, scale: Scale, train_seed: int = 0, watched: bool = False
 ) -> Training:
     """What is deployed of a defense of the paper at a scale."""
-    there = scale.datasets.get(dataset, dataset)
+    there = scale.dataset(dataset)
     return Training(there, shrunk(defense, dataset, scale), train_seed, watched)
 
 
@@ -69,7 +69,7 @@ def cell_of(binding: Binding, scale: Scale, load: Load) -> Cell:
     The adaptive setting of a defense that has none is its white box.
     """
     assert binding.dataset and binding.defense and binding.attack
-    dataset = load(scale.datasets.get(binding.dataset, binding.dataset))
+    dataset = load(scale.dataset(binding.dataset))
     attack = Configured.of(binding.attack)
     queries = attack.entry.needs != "gradients"
     setting = binding.setting or ("blackbox" if queries else "whitebox")

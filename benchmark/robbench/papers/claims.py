@@ -149,12 +149,9 @@ def _path(each: Counterpart) -> str:
 
 def _holds(claim: Claim, measure: Measure, factor: float) -> str:
     """yes, no or undecided, by the interval of a measure; factor: to the unit of the print."""
-    value = factor * measure.value
-    low, high = (factor * bound for bound in measure.interval)
-    if value != value:
+    if measure.value != measure.value:
         return "not defined here"
-    if low != low:  # no interval: what cannot vary, as a number of parameters
-        low = high = value
+    low, high = (factor * bound for bound in _sure(measure))
     rule, _, limit = claim.holds.partition(":")
     if rule == "near":
         return _near(claim.value, low, high)
@@ -273,6 +270,6 @@ def _peaks(curve: Sequence[Measure]) -> str:
 
 
 def _sure(measure: Measure) -> Interval:
-    """The interval, or the number itself of what cannot vary."""
+    """The interval, or the number itself of what cannot vary, as a number of parameters."""
     low, _ = measure.interval
     return measure.interval if low == low else Interval(measure.value, measure.value)

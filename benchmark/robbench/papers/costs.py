@@ -20,13 +20,13 @@ from robbench.defense import Defense, resolve
 from robbench.errors import InputError, problem_of, unknown
 from robbench.metrics import Measure
 from robbench.metrics.costs import cost
-from robbench.papers.cells import Load, shrunk
+from robbench.papers.cells import Load, training_of
 from robbench.papers.derived import UNKNOWN
 from robbench.papers.inputs import Inputs, Noting
 from robbench.papers.paper import Binding, Scale, Strict
 from robbench.randomness import preserved_random_state
 from robbench.records import write_text
-from robbench.runner import Shared
+from robbench.runner import Shared, Training
 from robbench.statistics import Interval
 from robbench.training import train
 
@@ -160,8 +160,8 @@ def cost_key(binding: Binding, scale: Scale) -> str:
     """What a cost is kept under: the function, its arguments and the defense as it is here."""
     assert binding.defense and binding.dataset
     arguments = {key: value for key, value in binding.arguments.items() if key != "over"}
-    parts = [str(binding.function), shrunk(binding.defense, binding.dataset, scale)]
-    parts.append(scale.datasets.get(binding.dataset, binding.dataset))
+    made = training_of(binding.defense, binding.dataset, scale)
+    parts = [str(binding.function), made.defense, made.dataset]
     parts += [f"{key}={value}" for key, value in sorted(arguments.items())]
     if over := binding.arguments.get("over"):
         other = binding.model_copy(update={"arguments": arguments, **over})
@@ -169,18 +169,18 @@ def cost_key(binding: Binding, scale: Scale) -> str:
     return " · ".join(parts)
 
 
-def deployed(binding: Binding, scale: Scale) -> list[tuple[str, str]]:
-    """(dataset, canonical spec) of what a cost is of, and of what it is over."""
+def deployed(binding: Binding, scale: Scale) -> list[Training]:
+    """What a cost is of, and what it is over."""
     assert binding.defense and binding.dataset
     over = binding.arguments.get("over")
-    there = scale.datasets.get(binding.dataset, binding.dataset)
     names = [binding.defense, *([over["defense"]] if over else [])]
-    return [(there, shrunk(name, binding.dataset, scale)) for name in names]
+    return [training_of(name, binding.dataset, scale) for name in names]
 
 
 def counted(binding: Binding, scale: Scale, load: Load) -> float:
     """The parameters, or their ratio."""
-    first, *second = [parameters(spec, load(name)) for name, spec in deployed(binding, scale)]
+    made_of = deployed(binding, scale)
+    first, *second = [parameters(each.defense, load(each.dataset)) for each in made_of]
     return first / second[0] if second else float(first)
 
 
@@ -189,7 +189,7 @@ def measure_cost(binding: Binding, scale: Scale, load: Load, shared: Shared) -> 
     there is none to be had."""
     function, noting = _look_up(binding), Noting.over(shared)
     made_of = deployed(binding, scale)
-    dataset, specs = load(made_of[0][0]), [spec for _, spec in made_of]
+    dataset, specs = load(made_of[0].dataset), [each.defense for each in made_of]
     noting.note(dataset, *specs)
     takes = [function.prepare(spec, dataset, noting, binding.arguments) for spec in specs]
     rounds = np.array([[take() for take in takes] for _ in range(function.rounds)])

@@ -31,10 +31,11 @@ from robbench.tasks import (
     Task,
     attack_passes,
     behind,
+    looked_at,
     plan,
     scoring_passes,
 )
-from robbench.training import LOOKED_AT, Optimisation, train
+from robbench.training import Optimisation, train
 
 BATCH = 256  # images of a pass that is timed, at most
 BATCHES = 10  # of a training that is timed, at most
@@ -116,7 +117,7 @@ def seconds(
             sums[task.kind] += took
             ends[task.id] = took + max((ends[need] for need in task.awaits), default=0.0)
         alone = sum(clock.training(each.defense, each.dataset) for each in watched)
-        alone += sum(clock.attack([cell], min(cell.n, clock.shard(cell))) for cell in shown)
+        alone += sum(clock.attack([cell], clock.shard(cell)) for cell in shown)
     return Seconds(sums["train"], sums["attack"], alone, max(ends.values(), default=0.0))
 
 
@@ -189,8 +190,7 @@ class _Clock:
         answer = self._pass("answer", brief, dataset, BATCH) * brief.size
         if key not in self.timed:
             self.timed[key] = _trained(brief, dataset, self.shared.device, answer)
-        looks = sum(min(LOOKED_AT, len(part.y)) for part in (dataset.train, dataset.validation))
-        epoch = len(dataset.train.y) * self.timed[key] + looks * answer
+        epoch = len(dataset.train.y) * self.timed[key] + looked_at(dataset) * answer
         return groups * defense.epochs * epoch
 
     def attack(self, cells: Sequence[Cell], images: int) -> float:
@@ -229,7 +229,7 @@ class _Clock:
         passes = [run.passes.times(own / run.behind) for run in found]
         took = self._passed(cell, Passes(*map(mean, zip(*passes, strict=True))), images)
         beside = [  # what the attack does between its passes, and passes of few images
-            run.seconds / self._passed(run.cell, run.passes, min(run.cell.n, self.shard(run.cell)))
+            run.seconds / self._passed(run.cell, run.passes, self.shard(run.cell))
             for run in found
             if run.seconds is not None and run.cell.dataset == cell.dataset
         ]

@@ -13,14 +13,12 @@ from pydantic import Field
 from robbench.checkpoints import Shelf, Trained, recipe_of
 from robbench.datasets import Dataset
 from robbench.defense import version_of
-from robbench.environment import Environment, environment
+from robbench.environment import Environment, Sha256, environment
 from robbench.errors import InputError
 from robbench.papers.cells import Load
 from robbench.papers.paper import Strict
 from robbench.runner import Shared
 from robbench.training import Progress
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Inputs(Strict):

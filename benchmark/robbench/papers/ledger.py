@@ -74,12 +74,12 @@ class Ledger:
         for key, binding in asked.items():
             if key in self.known:
                 continue
-            for dataset, spec in deployed(binding, self.reproduction.overlay):
+            for made in deployed(binding, self.reproduction.overlay):
                 if binding.function in DEPLOYED:
-                    found.append(Training(dataset, spec))
+                    found.append(made)
                 elif binding.function == "epoch-seconds":
-                    bases = [part.base_spec() for part in resolve(spec)]
-                    found += [Training(dataset, str(base)) for base in bases if base]
+                    bases = [part.base_spec() for part in resolve(made.defense)]
+                    found += [made._replace(defense=str(base)) for base in bases if base]
         return found
 
     def measure(self, asked: Mapping[str, Binding], shared: Shared) -> list[str]:

@@ -210,6 +210,10 @@ class Scale(Strict):
     strongest: Literal["smoke", "standard", "thorough"] | None = None
     strongest_n: int | None = None
 
+    def dataset(self, name: str) -> str:
+        """What stands for one of the paper's datasets."""
+        return self.datasets.get(name, name)
+
 
 class Paper(Strict):
     """A publication with all that is to be reproduced of it."""

@@ -18,6 +18,7 @@ from robbench.papers.costs import cost_key, deployed
 from robbench.papers.derived import bindings_of, measured, size_of, value_of
 from robbench.papers.paper import Binding, Number, Paper, Scale
 from robbench.records import Record
+from robbench.runner import Training
 from robbench.siblings import network_of
 from robbench.tables import with_interval
 
@@ -35,7 +36,7 @@ class Line(NamedTuple):
     records: tuple[Record, ...] = ()
     strongest: Record | None = None
     audited: Audited | None = None
-    deployed: tuple[tuple[str, str], ...] = ()  # behind a cost: datasets and defenses
+    deployed: tuple[Training, ...] = ()  # behind a cost
 
     @property
     def seconds(self) -> float:

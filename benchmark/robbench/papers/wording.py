@@ -35,7 +35,7 @@ def grounds(lines: Sequence[Line]) -> list[tuple[str, str, str, str]]:
     """Dataset, networks, n and epochs of everything behind these numbers, each combination once; n
     is empty for a cost."""
     behind = [(cell.dataset, cell.defense, str(cell.n)) for line in lines for cell in line.cells]
-    behind += [(dataset, defense, "") for line in lines for dataset, defense in line.deployed]
+    behind += [(each.dataset, each.defense, "") for line in lines for each in line.deployed]
     found = []
     for dataset, defense, n in dict.fromkeys(behind):
         networks, epochs = made_of(defense)
