@@ -21,7 +21,7 @@ from robbench.datasets.dataset import first
 from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.figures import training
-from robbench.figures.training import Attacked, accuracies, variance, watch
+from robbench.figures.watching import Attacked, accuracies, variance, watch
 from robbench.metrics import Measure
 from robbench.papers.claims import _series
 from robbench.papers.paper import Paper, Scale
@@ -100,7 +100,7 @@ def measured(fields: Mapping[str, Any]) -> Measure:
     return Measure(value, Interval(value - 0.1, value + 0.1))
 
 
-class Recorded:
+class Recorded(figures.Sources):
     """Sources whose records hold such numbers, and whose scale makes 2 of 20 members."""
 
     def __init__(self) -> None:
@@ -368,7 +368,7 @@ def test_every_series_is_in_the_plot(name: str, plotted: Callable[[str], Any]) -
 
 
 def test_ticks_that_would_run_into_each_other_have_one_label() -> None:
-    from robbench.figures.curves import ticks
+    from robbench.figures.styles import ticks
 
     _, axis = figures.canvas()
     ticks(axis, {0.0: "0", 1.0: "1", 1.02: "1.02", 2.0: "2"})

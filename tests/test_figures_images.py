@@ -12,13 +12,12 @@ from robbench.attacks import Configured
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.executors import measure
+from robbench.figures.abstentions import ballots, original_of
 from robbench.figures.images import (
     NONE,
     answers,
     attacked,
-    ballots,
     chosen,
-    original_of,
     picture,
     pixels,
 )

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from robbench import datasets, figures
 from robbench.errors import InputError
-from robbench.figures import diffusion, features, planes
+from robbench.figures import diffusion, features
 from robbench.figures import toy as toys
+from robbench.figures.centres import centres
 from robbench.papers.paper import Paper, Scale
 from robbench.papers.reproduction import Known, Reproduction
 from robbench.runner import Shared
@@ -176,7 +177,7 @@ def test_roughness_of_a_wave():
 
 @pytest.mark.parametrize("labels", [2, 3, 4, 10])
 def test_centres_are_a_regular_simplex(labels):
-    found = planes.centres(labels, 4.0)
+    found = centres(labels, 4.0)
     assert np.linalg.norm(found, axis=1) == pytest.approx(4.0, rel=1e-6)
     between = [math.dist(a, b) for a, b in itertools.combinations(found, 2)]
     assert between == pytest.approx([4 * math.sqrt(2 * labels / (labels - 1))] * len(between))

@@ -15,13 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from pydantic import ValidationError
 
 from robbench.errors import InputError
 from robbench.grid import Cell
 from robbench.papers.cells import shrunk
 from robbench.papers.claims import Point
-from robbench.papers.paper import Number, Paper, Scale
+from robbench.papers.paper import Number, Paper, Scale, Strict
 from robbench.papers.reproduction import Known, Line, Reproduction
 from robbench.records import write_text, write_whole
 from robbench.registry import Registry
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 Rows = Sequence[Mapping[str, Any]]
+Fields = Mapping[str, Any]
+S = TypeVar("S", bound=Strict)
 Series = dict[str, list[Point]]
 COLUMN = 3.4  # inches: the width of a column in print
 # Okabe and Ito: told apart by the colour-blind, and in grey by their order of brightness
@@ -39,12 +43,12 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def no_cells(arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def no_cells(arguments: Fields) -> list[Fields]:
     """The bindings of a drawing whose data is computed."""
     return []
 
 
-def nothing(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Any]:
+def nothing(reproduction: Reproduction, arguments: Fields) -> list[Any]:
     """The trainings or the attacks of a drawing that makes none."""
     return []
 
@@ -65,7 +69,7 @@ class Sources:
     def scale(self) -> Scale:
         return self.reproduction.overlay
 
-    def line(self, fields: Mapping[str, Any]) -> Line:
+    def line(self, fields: Fields) -> Line:
         """What the records say of a binding; InputError where they do not say it yet."""
         number = Number.alone(fields)
         found = self.reproduction.line(number, "percent", self.known)
@@ -73,6 +77,15 @@ class Sources:
             binding = number.binding
             raise InputError(f"{binding.defense}, {binding.attack}: {found.why}")
         return found
+
+    def percent(self, fields: Fields) -> tuple[float, float | str, float | str]:
+        """What the records say of a binding, with its interval; none: empty."""
+        measure = self.line(fields).measure
+        assert measure is not None
+        low, high = measure.interval
+        if low != low:
+            return 100 * measure.value, "", ""
+        return 100 * measure.value, 100 * low, 100 * high
 
     def defense(self, text: str, dataset: str) -> str:
         """The canonical spec of a defense of the paper at this scale."""
@@ -91,15 +104,25 @@ class Drawing(NamedTuple):
     arguments give other rows.
     """
 
-    bindings: Callable[[Mapping[str, Any]], list[Mapping[str, Any]]]
-    data: Callable[[Sources, Mapping[str, Any]], Rows]
-    plot: Callable[[Rows, Mapping[str, Any]], Canvas]
-    trainings: Callable[[Reproduction, Mapping[str, Any]], list[Training]] = nothing
-    attacks: Callable[[Reproduction, Mapping[str, Any]], list[Cell]] = nothing
+    bindings: Callable[[Fields], list[Fields]]
+    data: Callable[[Sources, Fields], Rows]
+    plot: Callable[[Rows, Fields], Canvas]
+    trainings: Callable[[Reproduction, Fields], list[Training]] = nothing
+    attacks: Callable[[Reproduction, Fields], list[Cell]] = nothing
     version: int = 1
 
 
 drawings: Registry[Drawing] = Registry("drawing", "robbench.figures")
+
+
+def checked(model: type[S], arguments: Fields) -> S:
+    """The arguments of a drawing; InputError names what is wrong."""
+    try:
+        return model.model_validate(arguments)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise InputError(f"figure: {place}: {problem['msg']}") from None
 
 
 def write(path: Path, rows: Rows) -> None:

@@ -6,15 +6,24 @@ backwards to t = 0. By the Feynman-Kac formula u(x, 0) = E[f(X(1))], X(0) = x, d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from robbench.figures import COLUMN, Drawing, Rows, Sources, canvas, drawings, no_cells
-from robbench.figures.curves import SMALL, TEXT, checked
+from robbench.figures import (
+    COLUMN,
+    Drawing,
+    Fields,
+    Rows,
+    Sources,
+    canvas,
+    checked,
+    drawings,
+    no_cells,
+)
+from robbench.figures.styles import SMALL, TEXT
 from robbench.papers.paper import Strict
 
 if TYPE_CHECKING:
@@ -125,7 +134,7 @@ def fields(problem: Problem) -> tuple[Field2, Field2]:
     return terminal, np.stack(velocity)
 
 
-def _data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
+def _data(sources: Sources, arguments: Fields) -> Rows:
     """Fields at the points that are kept (u at x, y), and the roughness (y) over σ (x)."""
     problem = checked(Problem, arguments)
     terminal, velocity = fields(problem)
@@ -153,7 +162,7 @@ def _data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
     ]
 
 
-def _plot(rows: Rows, arguments: Mapping[str, Any]) -> Canvas:
+def _plot(rows: Rows, arguments: Fields) -> Canvas:
     panels = list(dict.fromkeys(str(row["series"]) for row in rows))
     panels.remove(ROUGHNESS)
     rough = {f"sigma={float(r['x']):g}": r["y"] for r in rows if r["series"] == ROUGHNESS}

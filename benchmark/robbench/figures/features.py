@@ -16,13 +16,15 @@ from robbench.figures import (
     MARKERS,
     PALETTE,
     Drawing,
+    Fields,
     Rows,
     Sources,
     canvas,
+    checked,
     drawings,
     no_cells,
 )
-from robbench.figures.curves import SMALL, TEXT, checked
+from robbench.figures.styles import SMALL, TEXT
 from robbench.papers.cells import training_of
 from robbench.papers.paper import Strict
 from robbench.papers.reproduction import Reproduction
@@ -50,7 +52,7 @@ class Map(Strict):
     seed: int = 0
 
 
-def _trainings(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Training]:
+def _trainings(reproduction: Reproduction, arguments: Fields) -> list[Training]:
     made = checked(Map, arguments)
     return [
         training_of(defense, made.dataset, reproduction.overlay, made.train_seed)
@@ -67,7 +69,7 @@ def embedded(features: NDArray[np.float64], perplexity: float, seed: int) -> NDA
     return np.asarray(made, dtype=np.float64)
 
 
-def _data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
+def _data(sources: Sources, arguments: Fields) -> Rows:
     made = checked(Map, arguments)
     dataset = sources.dataset(made.dataset)
     n = min(made.n, sources.scale.n or made.n, len(dataset.test.y))
@@ -101,7 +103,7 @@ def _data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _plot(rows: Rows, arguments: Mapping[str, Any]) -> Canvas:
+def _plot(rows: Rows, arguments: Fields) -> Canvas:
     panels = list(dict.fromkeys(str(row["series"]) for row in rows))
     names = {int(row["label"]): str(row["name"]) for row in rows}
     shown = sorted(names)[:MANY]

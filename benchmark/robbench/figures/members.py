@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from robbench.deployed import Deployed
 from robbench.errors import InputError, unknown
-from robbench.figures import COLUMN, PALETTE, Drawing, Rows, Sources, canvas, drawings, no_cells
+from robbench.figures import (
+    COLUMN,
+    PALETTE,
+    Drawing,
+    Fields,
+    Rows,
+    Sources,
+    canvas,
+    drawings,
+    no_cells,
+)
 from robbench.figures.images import brief, chosen, close_up, picture, pixels, show
 from robbench.metrics.diversity import discrimination, gradient_angles
 from robbench.metrics.gradcam import centre, centre_distance, grad_cam
@@ -41,7 +51,7 @@ class Common(NamedTuple):
     right: int
 
 
-def _trainings(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list[Training]:
+def _trainings(reproduction: Reproduction, arguments: Fields) -> list[Training]:
     """The defense of every method."""
     return [
         training_of(each, arguments["dataset"], reproduction.overlay)
@@ -49,7 +59,7 @@ def _trainings(reproduction: Reproduction, arguments: Mapping[str, Any]) -> list
     ]
 
 
-def _ensembles(sources: Sources, arguments: Mapping[str, Any]) -> dict[str, Deployed]:
+def _ensembles(sources: Sources, arguments: Fields) -> dict[str, Deployed]:
     """The trained defense of every method."""
     name = arguments["dataset"]
     dataset = sources.dataset(name)
@@ -77,9 +87,6 @@ def common(
     kept = (right == right.max()).nonzero()[:limit, 0]
     x, y = (tensor[kept].to(device) for tensor in (subset.x, subset.y))
     return Common(subset.ids[kept.numpy()], x, y, int(right.max()))
-
-
-# --- grad-cam-members ---
 
 
 def member_maps(member: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -110,7 +117,7 @@ def _maps(deployed: Deployed, images: Common) -> Tensor:
     ).cpu()
 
 
-def _cam_data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
+def _cam_data(sources: Sources, arguments: Fields) -> Rows:
     """Of the image shown a row for itself and one per method and member; then of all images that
     every method answers rightly the distance between the members' centres, a series per method."""
     ensembles = _ensembles(sources, arguments)
@@ -142,7 +149,7 @@ def _cam_data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _cam_plot(rows: Rows, arguments: Mapping[str, Any]) -> Canvas:
+def _cam_plot(rows: Rows, arguments: Fields) -> Canvas:
     """The image, then a line of heat maps per method, each with its region and its centre."""
     (image,) = (row for row in rows if row["kind"] == "image")
     below = picture(image).mean(axis=2) / 255
@@ -185,9 +192,6 @@ def _heat(axis: Any, below: NDArray[np.float64], row: Mapping[str, Any]) -> None
     axis.plot(float(row["x"]), float(row["y"]), "+", color="k", markersize=6, markeredgewidth=1.2)
 
 
-# --- member-boxes ---
-
-
 def _values(quantity: str, deployed: Deployed, images: Common) -> Tensor:
     """(N,) of a quantity, image by image."""
     parts = []
@@ -211,7 +215,7 @@ def loss_gradients(deployed: Deployed, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in odds])
 
 
-def _box_data(sources: Sources, arguments: Mapping[str, Any]) -> Rows:
+def _box_data(sources: Sources, arguments: Fields) -> Rows:
     """A series per method over the images, then its quartiles and such, a series each."""
     quantity = arguments["quantity"]
     if quantity not in QUANTITIES:
@@ -241,7 +245,7 @@ def _summary(values: NDArray[np.float64]) -> Iterator[float]:
     yield float(((values < low - reach) | (values > high + reach)).sum())
 
 
-def _box_plot(rows: Rows, arguments: Mapping[str, Any]) -> Canvas:
+def _box_plot(rows: Rows, arguments: Fields) -> Canvas:
     """A box per method: quartiles, whiskers to 1.5 times the box, outliers, a diamond as mean."""
     found: dict[str, list[float]] = {}
     for row in rows:

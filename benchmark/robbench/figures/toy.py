@@ -18,14 +18,16 @@ from robbench.figures import (
     MARKERS,
     PALETTE,
     Drawing,
+    Fields,
     Rows,
     Sources,
     canvas,
+    checked,
     drawings,
     no_cells,
 )
-from robbench.figures.curves import DASHES, GREY, SMALL, checked
-from robbench.figures.planes import DIGITS, Fields, Positive, marker, plain
+from robbench.figures.planes import DIGITS, Positive, marker, plain
+from robbench.figures.styles import DASHES, GREY, SMALL
 from robbench.papers.paper import Strict
 from robbench.randomness import preserved_random_state
 
