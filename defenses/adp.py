@@ -18,8 +18,8 @@ from robbench.attacks.losses import Scored, Votes
 from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, defense, summed_cross_entropy
 from robbench.metrics.diversity import log_diversity
+from robbench.recipes import ADP_MNIST_RECIPE, ADP_RECIPE
 from robbench.rules import Draw, Loss, MeanProbabilities
-from robbench.training import ADP_MNIST_RECIPE, ADP_RECIPE
 
 
 @defense("adp")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from robbench.attacks.losses import Scored, log_odds
 from robbench.attacks.suite import Budget, Stage
 from robbench.defense import Defense, defense
+from robbench.recipes import CENTRES_RECIPE
 from robbench.rules import Draw, Loss, MeanProbabilities
-from robbench.training import CENTRES_RECIPE
 
 # Paper 003 trains all that it compares alike; the two papers themselves are about faces and other
 # networks.

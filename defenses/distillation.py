@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 
 from robbench.attacks.losses import Scored, dlr
 from robbench.defense import Defense, canonical, defense
+from robbench.recipes import CIFAR_RECIPE, Batch
 from robbench.registry import Spec
 from robbench.rules import Draw, Loss, MeanProbabilities
-from robbench.training import CIFAR_RECIPE, Batch
 
 
 @defense("distillation")

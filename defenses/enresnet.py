@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from robbench.attacks.suite import Budget, Stage, frozen
 from robbench.defense import INFERENCE, Defense, defense
 from robbench.errors import InputError
+from robbench.recipes import CIFAR_RECIPE, Adversarial, AdversarialSpec
 from robbench.rules import MeanLogits, MeanProbabilities, Rule
-from robbench.training import CIFAR_RECIPE, Adversarial, AdversarialSpec
 
 
 class VarianceNoise(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from robbench.attacks.losses import Scored
 from robbench.defense import INFERENCE, Defense, defense, summed_cross_entropy
+from robbench.recipes import ADP_MNIST_RECIPE, ADP_RECIPE
 from robbench.rules import Draw, Loss, MeanLogits, MeanProbabilities, Rule, Vote
-from robbench.training import ADP_MNIST_RECIPE, ADP_RECIPE
 
 Decision = Annotated[Literal["probabilities", "logits", "majority", "plurality"], INFERENCE]
 RULES: Mapping[str, Rule] = {

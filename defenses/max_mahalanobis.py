@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from robbench.attacks.losses import Scored, log_odds
 from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, defense
+from robbench.recipes import CENTRES_RECIPE
 from robbench.rules import Draw, Loss, MeanLogits, Rule
-from robbench.training import CENTRES_RECIPE
 
 
 @lru_cache

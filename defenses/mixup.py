@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from robbench.defense import Defense, defense
-from robbench.training import CIFAR_RECIPE, Batch
+from robbench.recipes import CIFAR_RECIPE, Batch
 
 
 def mixup(batch: Batch, shares: Tensor, partners: Tensor) -> Batch:

@@ -17,8 +17,8 @@ from robbench.attacks.losses import Votes
 from robbench.attacks.suite import MEANS, Budget, Stage
 from robbench.defense import Defense, defense, summed_cross_entropy
 from robbench.metrics.diversity import gradient_cosines
+from robbench.recipes import Batch
 from robbench.rules import Draw, Loss
-from robbench.training import Batch
 
 
 def keep_rates(hidden: Tensor, alpha: float, beta: float, intervals: int) -> Tensor:

@@ -23,8 +23,8 @@ from robbench.defense import INFERENCE, Defense, defense
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.networks import Normalize
+from robbench.recipes import CIFAR_RECIPE
 from robbench.rules import ABSTAIN, Draw, Loss, MeanProbabilities, Rule
-from robbench.training import CIFAR_RECIPE
 
 AT_ONCE = 500  # draws whose logits are held while votes are counted
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from robbench.defense import Defense, defense
-from robbench.training import CIFAR_RECIPE
+from robbench.recipes import CIFAR_RECIPE
 
 
 @defense("standard")

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from robbench.attacks.suite import Budget, Stage
 from robbench.defense import Defense, defense
-from robbench.training import CIFAR_RECIPE, Adversarial, AdversarialSpec
+from robbench.recipes import CIFAR_RECIPE, Adversarial, AdversarialSpec
 
 
 @defense("trades")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from robbench.cell import Cell, Setting
 from robbench.errors import InputError
-from robbench.grid import Cell, Setting
 from robbench.metrics import metrics
 from robbench.metrics.abstention import abstention, costs, detection, operating, risk_coverage
 from robbench.metrics.detection import threshold

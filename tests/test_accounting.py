@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from robbench import accounting, boards, tables
-from robbench.grid import Cell, Setting
+from robbench.cell import Cell, Setting
 from robbench.records import Record
 from robbench.threat import Threat
 

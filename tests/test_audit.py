@@ -16,7 +16,7 @@ from robbench.audit import CHECKS, Audited, Flag, audit, badge, cases, is_adapti
 from robbench.audit.flags import VERDICTS, enough
 from robbench.audit.planning import plan, probe_of
 from robbench.audit.verdicts import number
-from robbench.grid import Cell, Setting
+from robbench.cell import Cell, Setting
 from robbench.records import Record
 from robbench.threat import Threat
 

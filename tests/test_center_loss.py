@@ -15,8 +15,9 @@ from robbench import datasets
 from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.errors import InputError
+from robbench.recipes import Batch
 from robbench.rules import Draw
-from robbench.training import Batch, train
+from robbench.training import train
 
 SHAPE, LABELS = (1, 8, 8), 10
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=30)

@@ -24,9 +24,9 @@ from scipy.stats import binomtest
 
 from robbench import checkpoints, datasets, executors, listing, networks, registry
 from robbench.attacks import art, attack, torchattacks
+from robbench.cell import Cell
 from robbench.cli import COMMANDS, main
 from robbench.findings import BEGIN, END
-from robbench.grid import Cell
 from robbench.records import Record, Store
 from robbench.threat import format_eps
 

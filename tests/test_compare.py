@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from robbench.cell import Cell, Setting
 from robbench.compare import compare
 from robbench.defense import with_preset
 from robbench.errors import InputError
-from robbench.grid import Cell, Setting
 from robbench.metrics import metrics
 from robbench.records import Record, Store
 from robbench.threat import Threat

@@ -386,7 +386,7 @@ def begun(measured, tmp_path_factory):
         patch.setitem(costs.FUNCTIONS, "epoch-seconds", costs.Function(_seconds, 3))
         assert part_of("sdr:claims", "smoke", out, load).measure_costs(shared) == []
     known = Known.of([], 1)
-    assert part_of("pang:fig_mmd", "smoke", out, load).draw(shared, known) == []
+    assert part_of("pang:fig_mmd", "smoke", out, load).figures.draw(shared, known) == []
     return out
 
 

@@ -19,8 +19,8 @@ from robbench.checkpoints import common_rule, key_of
 from robbench.defense import INFERENCE, canonical, resolve, with_preset
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.recipes import Adversarial
 from robbench.rules import ABSTAIN, Draw, MeanProbabilities, Vote
-from robbench.training import Adversarial
 
 SHAPE, LABELS = (1, 8, 8), 10
 NAMES = list(registry.defenses)

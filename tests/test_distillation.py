@@ -16,8 +16,9 @@ from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.recipes import Batch
 from robbench.rules import Draw, MeanProbabilities
-from robbench.training import Batch, train
+from robbench.training import train
 
 CPU = torch.device("cpu")
 SHAPE, LABELS = (1, 8, 8), 10

@@ -19,8 +19,9 @@ from robbench.checkpoints import Shelf, key_of
 from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.errors import InputError
+from robbench.recipes import Batch
 from robbench.rules import ABSTAIN, Draw
-from robbench.training import Batch, train
+from robbench.training import train
 
 CPU = torch.device("cpu")
 SHAPE, LABELS = (1, 8, 8), 10

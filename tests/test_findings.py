@@ -8,10 +8,10 @@ import pytest
 from robbench import findings
 from robbench.attacks import Configured
 from robbench.audit import CHECKS, Audited, Flag
+from robbench.cell import Cell, Setting
 from robbench.defense import with_preset
 from robbench.errors import InputError
 from robbench.findings import BEGIN, END, claims, page
-from robbench.grid import Cell, Setting
 from robbench.records import Record
 from robbench.threat import Threat
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from robbench import datasets, registry
 from robbench.attacks import attack
+from robbench.cell import Cell, Setting
 from robbench.checkpoints import Trained
 from robbench.deployed import Deployed
 from robbench.errors import InputError
-from robbench.grid import Block, Cell, Setting, invalid, read_blocks
+from robbench.grid import Block, invalid, read_blocks
 from robbench.rules import MeanLogits
 from robbench.threat import Threat
 

@@ -18,9 +18,9 @@ STEPS = [  # each may import its own step and what stands above it
     {"registry"},
     {"estimator", "deployed", "frozen", "access", "rules", "randomness"},
     {"attacks", "metered"},
-    {"defense", "training", "checkpoints", "detectors", "siblings"},
+    {"defense", "recipes", "training", "checkpoints", "detectors", "siblings"},
     {"defenses"},  # the registry imports them by name: nothing above may
-    {"grid"},
+    {"cell", "grid"},
     {"records"},
     {"audit"},
     {"runner", "judge", "environment"},

@@ -22,8 +22,9 @@ from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.recipes import Batch
 from robbench.rules import Draw
-from robbench.training import Batch, train
+from robbench.training import train
 
 NETWORK = "network=mlp(hidden=[16])"
 SHAPE = (1, 8, 8)

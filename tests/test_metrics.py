@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from robbench import statistics
-from robbench.grid import Cell, Setting
+from robbench.cell import Cell, Setting
 from robbench.metrics import metrics, outcomes, persistent
 from robbench.records import Record
 from robbench.threat import Threat

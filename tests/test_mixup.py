@@ -13,7 +13,8 @@ from scipy import stats
 from robbench import datasets, registry
 from robbench.datasets import Split
 from robbench.defense import resolve
-from robbench.training import Batch, train
+from robbench.recipes import Batch
+from robbench.training import train
 
 SHAPE, LABELS = (1, 8, 8), 10
 TINY = "network=resnet8(width=2), epochs=2, batch_size=16"

@@ -19,7 +19,8 @@ from robbench import datasets, registry
 from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.errors import InputError
-from robbench.training import Batch, train
+from robbench.recipes import Batch
+from robbench.training import train
 
 CPU = torch.device("cpu")
 TINY = "epochs=1, batch_size=16, network=mlp(hidden=[8])"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from robbench import boards, ranking, tables
 from robbench.audit import Audited, Flag, audit
-from robbench.grid import Cell, Setting
+from robbench.cell import Cell, Setting
 from robbench.metrics import metrics
 from robbench.records import Record
 from robbench.threat import Threat

@@ -17,8 +17,9 @@ from robbench.checkpoints import Shelf
 from robbench.datasets import Dataset, Split
 from robbench.defense import resolve
 from robbench.metrics.detection import non_me
+from robbench.recipes import Batch
 from robbench.rules import Draw
-from robbench.training import Batch, train
+from robbench.training import train
 
 SMALL = "network=mlp(hidden=[32]), epochs=15"
 LOGITS = st.lists(st.floats(-30, 30), min_size=3, max_size=8)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from robbench.cell import Cell, Setting
 from robbench.errors import InputError
-from robbench.grid import Cell, Setting
 from robbench.records import Record, Store, _decode, newest, read, without_versions
 from robbench.threat import Threat
 

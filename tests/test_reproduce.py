@@ -15,12 +15,12 @@ from scipy.stats import ttest_rel
 from sklearn.metrics import roc_auc_score
 
 from robbench import figures, statistics
+from robbench.cell import Cell, Setting
 from robbench.checkpoints import Shelf
 from robbench.cli import main
 from robbench.datasets import load as dataset
 from robbench.errors import InputError
 from robbench.executors import measure as measure_cells
-from robbench.grid import Cell, Setting
 from robbench.metrics.diversity import entropy_measure
 from robbench.papers import cells, claims, costs, derived, estimate, latex, ledger, load, wording
 from robbench.papers.inputs import inputs_on
@@ -718,14 +718,14 @@ def test_costs_of_another_device_are_measured_again(monkeypatch, tmp_path):
 
 def test_computed_data_is_made_again_where_it_is_cut_or_of_something_else(tmp_path, monkeypatch):
     part, known = part_of("pang:fig_mmd", "smoke", tmp_path, dataset), Known.of([], 1)
-    file = part.data_of("fig_mmd")
-    assert part.draw(shared_in(tmp_path), known) == []
+    file = part.figures.data_of("fig_mmd")
+    assert part.figures.draw(shared_in(tmp_path), known) == []
     whole = file.read_text()
     file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     assert "not as it was written" in " ".join(part.doubts(known))
-    part.draw(shared_in(tmp_path), known)
+    part.figures.draw(shared_in(tmp_path), known)
     assert file.read_text() == whole and part.doubts(known) == []
-    name = str(part.figures["fig_mmd"].draw)
+    name = str(part.figures.asked["fig_mmd"].draw)
     monkeypatch.setitem(figures.drawings._entries, name, newer(figures.drawings.get(name)))
     assert "the figure or the scale has changed" in " ".join(part.doubts(known))
 
@@ -743,9 +743,9 @@ def test_broken_data_of_a_figure_is_a_line(tmp_path, text):
 
 def test_a_figure_whose_records_are_missing_stops_no_page(tmp_path):
     part, known = part_of("ito", "smoke", tmp_path, dataset), Known.of([], 1)
-    figures.write(part.data_of("figure2"), [{"series": "a", "x": 1, "y": 2}])
+    figures.write(part.figures.data_of("figure2"), [{"series": "a", "x": 1, "y": 2}])
     pages = page_files(part, known)
-    assert part.data_of("figure2") not in pages and len(pages) == 3
+    assert part.figures.data_of("figure2") not in pages and len(pages) == 3
     assert "figure2.smoke.csv is stale" in " ".join(part.doubts(known))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from robbench import boards, statistics, tables
 from robbench.audit import Audited, Flag
-from robbench.grid import Cell, Setting
+from robbench.cell import Cell, Setting
 from robbench.metrics import Measure, contributions, metrics
 from robbench.records import Record
 from robbench.statistics import Interval

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from robbench import datasets
 from robbench.datasets import Split
 from robbench.defense import resolve
-from robbench.training import Batch, train
+from robbench.recipes import Batch
+from robbench.training import train
 
 TINY = "network=resnet8(width=2), epochs=1, batch_size=16"
 

@@ -17,16 +17,17 @@ from scipy import special
 from torch import nn
 from torch.nn import functional as F
 
-from robbench import datasets, registry, training
+from robbench import datasets, recipes, registry, training
 from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.datasets import Split
 from robbench.defense import resolve
 from robbench.deployed import Deployed
 from robbench.errors import InputError
+from robbench.recipes import Adversarial
 from robbench.rules import MeanLogits
 from robbench.threat import Threat, distance
-from robbench.training import Adversarial, Diverged, train
+from robbench.training import Diverged, train
 
 CPU = torch.device("cpu")
 SHAPE, LABELS = (1, 8, 8), 10
@@ -401,7 +402,7 @@ def seen(network, x, y):
             return F.cross_entropy(network(x), y, reduction="none")
         return -F.cross_entropy(network(x), target, reduction="none")
 
-    return ascended, network, training.Batch(x, y, x, LABELS)
+    return ascended, network, recipes.Batch(x, y, x, LABELS)
 
 
 @given(
@@ -439,7 +440,7 @@ def test_training_pgd_is_the_attack_pgd_from_the_same_start(network, norm, rando
 
 
 def started_at(monkeypatch, start):
-    monkeypatch.setattr(training, "random_start", lambda *args: start)
+    monkeypatch.setattr(recipes, "random_start", lambda *args: start)
 
 
 def test_training_pgd_is_that_of_torchattacks_from_the_same_start(network, monkeypatch):
@@ -507,7 +508,7 @@ def test_clean_images_count_with_their_weight(network):
     x, y = batch()
     moved = (x + 0.1).clamp(0, 1)
     plain = lambda x, y: F.cross_entropy(network(x), y, reduction="none")  # noqa: E731
-    loss = Adversarial(clean=0.5).loss(plain, network, training.Batch(moved, y, x, LABELS))
+    loss = Adversarial(clean=0.5).loss(plain, network, recipes.Batch(moved, y, x, LABELS))
     torch.testing.assert_close(loss, plain(moved, y) + 0.5 * plain(x, y))
 
 
@@ -543,7 +544,7 @@ def test_trades_loss_is_cross_entropy_plus_beta_times_the_divergence(seed, beta)
     p, q = special.softmax(clean, 1), special.softmax(moved, 1)
     expected = -np.log(p[np.arange(6), y]) + beta * special.rel_entr(p, q).sum(1)
     logits = {0: torch.from_numpy(clean), 1: torch.from_numpy(moved)}
-    given = training.Batch(torch.ones(()), torch.from_numpy(y), torch.zeros(()), 4)
+    given = recipes.Batch(torch.ones(()), torch.from_numpy(y), torch.zeros(()), 4)
     _, scores, _ = seen(lambda x: logits[int(x)], *given[:2])
     plain = lambda x, y: F.cross_entropy(scores(x), y, reduction="none")  # noqa: E731
     loss = Adversarial(kind="trades", beta=beta).loss(plain, scores, given)
@@ -559,7 +560,7 @@ def test_trades_moves_both_of_its_terms(network):
         loss = Adversarial(kind="trades").loss(
             lambda images, y: F.cross_entropy(network(images), y, reduction="none"),
             lambda images, clean=clean: clean if images is x else network(images),
-            training.Batch(moved, y, x, LABELS),
+            recipes.Batch(moved, y, x, LABELS),
         )
         gradients.append(torch.autograd.grad(loss.mean(), network[1].weight)[0])
     assert not torch.allclose(*gradients)
@@ -570,7 +571,7 @@ def test_recipes_train_on_adversarial_examples_of_all_members_together(spec):
     defense = resolve(spec)[0]
     members, (x, y) = fresh(defense), batch()
     torch.manual_seed(1)
-    made = defense.batch(members, training.Batch(x, y, x, 10), rng())
+    made = defense.batch(members, recipes.Batch(x, y, x, 10), rng())
     assert torch.equal(made.clean, x)
     assert 0 < float(distance(made.x, x, "linf").max()) <= 0.2 + 1e-6
     defense.loss(members, made).mean().backward()

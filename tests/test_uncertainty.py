@@ -13,8 +13,8 @@ from scipy import stats
 
 from robbench import statistics
 from robbench.attacks.gradient import Trace
+from robbench.cell import Cell, Setting
 from robbench.errors import InputError
-from robbench.grid import Cell, Setting
 from robbench.metrics import detected, metrics, outcomes
 from robbench.metrics.uncertainty import looks, precise_enough, variability
 from robbench.records import Record

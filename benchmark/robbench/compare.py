@@ -11,9 +11,9 @@ from tabulate import tabulate
 
 from robbench import statistics
 from robbench.audit import is_diagnostic
+from robbench.cell import KINDS, Cell
 from robbench.defense import canonical, with_preset
 from robbench.errors import InputError
-from robbench.grid import KINDS, Cell
 from robbench.metrics import outcomes, share
 from robbench.records import Record, Store, newest, read
 from robbench.tables import Row, deterministic, interval, left_out, percent

@@ -19,9 +19,9 @@ from robbench.attacks.suite import Budget, Stage, compose
 from robbench.datasets import kind as kind_of
 from robbench.detectors import DetectorSpec, Rate
 from robbench.errors import InputError, unknown
+from robbench.recipes import AdversarialSpec, Batch, Optimisation
 from robbench.registry import Spec
 from robbench.rules import Draw, Loss, MeanProbabilities, Rule, Vote
-from robbench.training import AdversarialSpec, Batch, Optimisation
 
 if TYPE_CHECKING:
     from robbench.datasets import Dataset

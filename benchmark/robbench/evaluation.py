@@ -17,13 +17,14 @@ from robbench import audit as audits
 from robbench import registry, tables
 from robbench.audit import Audited
 from robbench.audit.planning import plan, probes
+from robbench.cell import MODEL, Cell
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset, from_tensors
 from robbench.deployed import Deployed
 from robbench.environment import choose_device
 from robbench.errors import InputError, unknown
 from robbench.executors import measure
-from robbench.grid import MODEL, Cell, block, nothing
+from robbench.grid import block, nothing
 from robbench.records import Record, Store
 from robbench.rules import Loss, MeanProbabilities, Rule
 from robbench.runner import Shared

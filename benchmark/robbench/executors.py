@@ -15,8 +15,8 @@ from functools import partial
 import torch
 
 from robbench.audit import is_diagnostic
+from robbench.cell import Cell
 from robbench.errors import InputError, check_timeout
-from robbench.grid import Cell
 from robbench.records import Record, Store
 from robbench.runner import Part, Shared, Training, images_of, merge, reason_of, shards
 from robbench.tasks import (

@@ -15,9 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from robbench.attacks import Configured
 from robbench.attacks.suite import BUDGETS
 from robbench.audit import Audited, audit, badge
+from robbench.cell import Kind
 from robbench.defense import shown, with_preset
 from robbench.errors import InputError
-from robbench.grid import Kind
 from robbench.records import Record
 from robbench.tables import Row, broken_by, rows, setting_text, tabulated, with_interval
 from robbench.threat import Norm, Threat, parse_eps

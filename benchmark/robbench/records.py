@@ -28,8 +28,8 @@ from pydantic import (
     model_validator,
 )
 
+from robbench.cell import Cell
 from robbench.errors import InputError, problem_of
-from robbench.grid import Cell
 
 SCHEMA = 1
 LARGEST = 2**28  # bytes of one array

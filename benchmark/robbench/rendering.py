@@ -93,7 +93,7 @@ def _json(values: Mapping[str, Any]) -> str:
 def _figure(part: Part, form: str) -> str:
     """The data of a figure, its float, or where it lies; or why there is none."""
     name = str(part.part)
-    figure, data = part.paper.figures[name], part.data_of(name)
+    figure, data = part.paper.figures[name], part.figures.data_of(name)
     files = {kind: data.with_suffix(f".{kind}") for kind in KINDS}
     why = ""
     if figure.reason:
@@ -120,11 +120,11 @@ def page_files(part: Part, known: Known) -> dict[Path, str]:
     stem = part.out / "papers" / f"{part.paper.key}.{part.scale}"
     tables, judged = part.lines(known), part.judged(known)
     trained = part.trained()
-    shown = part.page_figures()
-    text = pages.page(part.paper, part.scale, tables, judged, shown, trained, part.took())
+    shown, seconds = part.figures.shown(), part.figures.seconds()
+    text = pages.page(part.paper, part.scale, tables, judged, shown, trained, seconds)
     return {
         stem.with_name(f"{stem.name}.md"): text,
         stem.with_name(f"{stem.name}.csv"): as_csv(_flat(part, tables)),
         stem.with_name(f"{stem.name}.claims.csv"): as_csv(_flat_claims(part, judged)),
-        **part.figure_data(known),
+        **part.figures.texts(known),
     }

@@ -21,13 +21,13 @@ from robbench.access import Access
 from robbench.attacks import Configured
 from robbench.attacks.evidence import PROBES, enough_draws
 from robbench.attacks.suite import Ready
+from robbench.cell import Cell
 from robbench.checkpoints import Shelf, Trained, cache_folder, key_of
 from robbench.datasets import Dataset, Subset
 from robbench.defense import resolve
 from robbench.deployed import images_at_once
 from robbench.environment import environment
 from robbench.errors import InputError
-from robbench.grid import Cell
 from robbench.judge import SCORING_DRAWS, Outcome, Violation, check, check_trace, score
 from robbench.metered import within_limit
 from robbench.networks.bpda import declared_backwards

@@ -13,9 +13,9 @@ import numpy as np
 from tabulate import tabulate
 
 from robbench.audit import Audited, badge, is_diagnostic
+from robbench.cell import MODEL, Cell
 from robbench.defense import known_attack, resolve, shown
 from robbench.errors import InputError
-from robbench.grid import MODEL, Cell
 from robbench.metrics import Measure, Metrics, contributions, metrics, persistent
 from robbench.metrics.uncertainty import precise_enough
 from robbench.records import Record

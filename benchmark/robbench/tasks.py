@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 
 from robbench.attacks import Configured
 from robbench.attacks.published import in_effect
+from robbench.cell import Cell
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
 from robbench.defense import resolve
 from robbench.errors import InputError
-from robbench.grid import EOT, Cell
+from robbench.grid import EOT
 from robbench.judge import SCORING_DRAWS
 from robbench.registry import Spec
 from robbench.runner import (

@@ -16,10 +16,11 @@ from torch import nn
 from robbench import attack, registry
 from robbench.audit import Audited, audit
 from robbench.audit.planning import plan
+from robbench.cell import MODEL, Cell
 from robbench.checkpoints import Trained
 from robbench.deployed import Deployed
 from robbench.executors import measure
-from robbench.grid import MODEL, Block, Cell
+from robbench.grid import Block
 from robbench.runner import Shared
 
 ROOT = Path(__file__).parents[2]

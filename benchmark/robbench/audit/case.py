@@ -13,9 +13,9 @@ import numpy as np
 from robbench.attacks import Attack, Configured
 from robbench.attacks.published import in_effect
 from robbench.audit.flags import enough
+from robbench.cell import MODEL, Cell
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError
-from robbench.grid import MODEL, Cell
 from robbench.records import Record
 from robbench.siblings import siblings
 

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from robbench.attacks import Configured
 from robbench.audit.alone import PROBED
 from robbench.audit.case import attack_of, estimator_of, settings_in
+from robbench.cell import MODEL, Cell
 from robbench.checkpoints import Trained
 from robbench.datasets import Dataset
 from robbench.deployed import gives_activations
-from robbench.grid import MODEL, Cell, block
+from robbench.grid import block
 from robbench.registry import Spec
 from robbench.siblings import siblings
 from robbench.threat import Norm, Threat, format_eps, parse_eps

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from robbench.audit.case import Case, cases
 from robbench.audit.flags import CHECKS, VERDICTS, Flag, Verdict
-from robbench.grid import MODEL
+from robbench.cell import MODEL
 from robbench.records import Record, newest, without_versions
 
 ESTIMATOR = ("F17", "F18", "F20", "F31")  # without these no number is called sound

@@ -14,12 +14,12 @@ from robbench.errors import InputError, unknown
 COMMANDS = {
     "run": ("robbench.cli.running", "Run attacks on defenses and print the table."),
     "audit": ("robbench.cli.auditing", "Say whether a number can be believed, and why not."),
-    "train": ("robbench.cli.running", "Train a defense and keep its checkpoint."),
+    "train": ("robbench.cli.training", "Train a defense and keep its checkpoint."),
     "list": ("robbench.cli.showing", "List defenses, attacks, datasets or networks."),
     "reproduce": ("robbench.cli.reproducing", "Measure a published table, claim or figure again."),
     "leaderboard": ("robbench.cli.showing", "Write the tables of a folder from its records."),
     "compare": ("robbench.cli.showing", "Compare two defenses, paired, with p-values."),
-    "verify": ("robbench.cli.running", "Run a record again and say whether it holds."),
+    "verify": ("robbench.cli.verifying", "Run a record again and say whether it holds."),
     "data": ("robbench.cli.data", "Fetch a dataset, check it, say where it is and what it holds."),
     "completion": ("robbench.cli.showing", "Print the completion script of a shell."),
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from robbench.audit import Audited
-    from robbench.grid import Cell
+    from robbench.cell import Cell
     from robbench.records import Record
     from robbench.threat import Norm
 

@@ -13,7 +13,7 @@ from robbench.cli.running import measured, workers_of
 from robbench.errors import InputError
 
 if TYPE_CHECKING:
-    from robbench.grid import Cell
+    from robbench.cell import Cell
     from robbench.records import Store
     from robbench.runner import Shared, Training
 
@@ -83,7 +83,7 @@ def reproduce_command(**options: Any) -> None:
     shared, store = Shared(out, data_dir, choose_device(options["device"])), Store(out)
     part.costs.look_up(shared.device, shared.shelf)
     missing = [cell for cell in cells if store.get(cell) is None]
-    trainings, shown = part.trainings(shared.shelf), part.shown(shared.shelf)
+    trainings, shown = part.trainings(shared.shelf), part.figures.attacked(shared.shelf)
     if options["estimate"]:
         names = {cell.dataset for cell in cells} | {each.dataset for each in trainings}
         shared.given |= {name: load(name) for name in names}
@@ -96,7 +96,7 @@ def reproduce_command(**options: Any) -> None:
     failed = _run(missing, trainings, store, shared, options)
     unmeasured = part.measure_costs(shared)
     known = known_of(part, cells)
-    problems = [*unmeasured, *part.draw(shared, known)]
+    problems = [*unmeasured, *part.figures.draw(shared, known)]
     for problem in problems:
         click.echo(problem, err=True)
     if part.part is None:

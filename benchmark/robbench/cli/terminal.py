@@ -20,7 +20,7 @@ from robbench.tables import Row
 from robbench.threat import format_eps
 
 if TYPE_CHECKING:
-    from robbench.grid import Cell
+    from robbench.cell import Cell
     from robbench.records import Record
     from robbench.runner import Shared, Training
     from robbench.tasks import Task

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from robbench import registry
+from robbench.cell import Cell
 from robbench.contributions.beside import Beside, shared
 from robbench.contributions.complete import Cost, Provenance, missing
 from robbench.contributions.outcome import contradictions, image_problems
 from robbench.datasets import Dataset
 from robbench.environment import Environment
 from robbench.errors import InputError
-from robbench.grid import Cell
 from robbench.records import (
     Record,
     Store,

@@ -11,12 +11,13 @@ from functools import cached_property
 
 from robbench import registry
 from robbench.attacks import Configured
+from robbench.cell import MODEL, Cell
 from robbench.checkpoints import key_of, recipe_of, sha256_of
 from robbench.datasets import Dataset, kind
 from robbench.datasets.described import FACTS, described
 from robbench.defense import resolve
 from robbench.errors import InputError
-from robbench.grid import MODEL, Cell, block, nothing
+from robbench.grid import block, nothing
 from robbench.records import Record, Store, without_versions
 from robbench.threat import check_budget
 

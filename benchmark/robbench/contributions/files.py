@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from robbench.contributions.pages import PAGES
+from robbench.figures.gallery import data_of, files_of
 from robbench.papers import load
 from robbench.records import Store, is_temporary
-from robbench.reproducing import begun, files_of
+from robbench.reproducing import begun
 
 CHECKPOINT = re.compile(r"[0-9a-f]{64}\.(json|safetensors)|\.[0-9a-f]{64}\.partial")
 GRIDS = (".yaml", ".yml")  # which people write, for `robbench run --grid`
@@ -30,7 +31,7 @@ def file_problems(store: Store, pages: Collection[Path]) -> list[str]:
         for name, figure in load(key).figures.items():
             if not figure.draw:
                 continue
-            files = files_of(figure, store.root / "papers" / key / f"{name}.{scale}.csv")
+            files = files_of(figure, data_of(store.root, key, scale, name))
             known.update(files)
             if any(file.exists() for file in files):
                 again = f"run 'robbench reproduce {key}:{name} --scale {scale}'"

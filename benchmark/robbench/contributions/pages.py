@@ -37,7 +37,7 @@ def paper_pages(store: Store, records: Sequence[Record], audits: Mapping[str, Au
             part = Part(load(key), scale, store.root, datasets.dataset)
             known = Known.of(records, part.least, audits)
             paged = any(stem.with_name(f"{stem.name}.{kind}").exists() for kind in PAGES)
-            texts = page_files(part, known) if paged else part.figure_data(known)
+            texts = page_files(part, known) if paged else part.figures.texts(known)
             doubts = part.doubts(known)
         except InputError as error:
             made.broken.append(str(error))

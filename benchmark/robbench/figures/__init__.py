@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from robbench.cell import Cell
 from robbench.errors import InputError
-from robbench.grid import Cell
 from robbench.papers.cells import shrunk
 from robbench.papers.claims import Point
 from robbench.papers.paper import Number, Paper, Scale, Strict

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robbench.cell import Cell
 from robbench.deployed import Deployed
 from robbench.errors import InputError
 from robbench.figures import PALETTE
-from robbench.grid import Cell
 from robbench.judge import SCORING_DRAWS
 from robbench.randomness import preserved_random_state, seed_everything
 from robbench.rules import ABSTAIN

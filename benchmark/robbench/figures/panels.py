@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from robbench.cell import Cell
 from robbench.figures import COLUMN, Drawing, Fields, Rows, Sources, canvas, drawings, no_cells
 from robbench.figures.images import (
     NONE,
@@ -23,7 +24,6 @@ from robbench.figures.images import (
     pixels,
     show,
 )
-from robbench.grid import Cell
 from robbench.papers.cells import cell_of
 from robbench.papers.paper import Binding
 from robbench.papers.reproduction import Reproduction

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from robbench.attacks import Configured
+from robbench.cell import Cell
 from robbench.datasets import Dataset
 from robbench.defense import canonical, resolve, with_preset
 from robbench.errors import InputError
-from robbench.grid import Cell, block, nothing
+from robbench.grid import block, nothing
 from robbench.papers.paper import Binding, Scale
 from robbench.registry import Spec
 from robbench.runner import Training

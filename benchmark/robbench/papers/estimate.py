@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from robbench import networks
+from robbench.cell import Cell
 from robbench.datasets import Dataset
 from robbench.datasets.dataset import take
 from robbench.defense import Defense, resolve
 from robbench.environment import environment
 from robbench.errors import InputError
-from robbench.grid import Cell
 from robbench.randomness import preserved_random_state
+from robbench.recipes import Optimisation
 from robbench.records import Store
 from robbench.registry import Spec
 from robbench.runner import Shared, Training, shards
@@ -35,7 +36,7 @@ from robbench.tasks import (
     plan,
     scoring_passes,
 )
-from robbench.training import Optimisation, train
+from robbench.training import train
 
 BATCH = 256  # images of a pass that is timed, at most
 BATCHES = 10  # of a training that is timed, at most

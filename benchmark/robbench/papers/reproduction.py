@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from robbench.audit import Audited, audit, badge
 from robbench.audit.case import parts_of
+from robbench.cell import Cell
 from robbench.datasets import Dataset
 from robbench.defense import Defense
 from robbench.errors import InputError
-from robbench.grid import Cell
 from robbench.metrics import Measure
 from robbench.papers.cells import UNBOUNDED, cell_of, shrunk, strongest_of
 from robbench.papers.costs import cost_key, deployed
