@@ -146,6 +146,7 @@ def test_published_attacks_are_the_papers_own():
     [
         ("enresnett", "unknown paper 'enresnett'; did you mean 'enresnet'"),
         ("enresnet:tabel1", "unknown part of enresnet 'tabel1'; did you mean 'table1'"),
+        ("enresnet:", "enresnet: names no part; 'robbench reproduce' lists them"),
     ],
 )
 def test_an_unknown_part_names_the_nearest(what, message):

@@ -7,20 +7,25 @@ import io
 import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 from sklearn.metrics import roc_auc_score
 
 from robbench import figures, statistics
+from robbench.audit import CHECKS, Audited, Flag
 from robbench.cell import Cell, Setting
 from robbench.checkpoints import Shelf
 from robbench.cli import main
 from robbench.datasets import load as dataset
 from robbench.errors import InputError
 from robbench.executors import measure as measure_cells
+from robbench.metrics import Measure
 from robbench.metrics.diversity import entropy_measure
 from robbench.papers import cells, claims, costs, derived, estimate, latex, ledger, load, wording
 from robbench.papers.inputs import inputs_on
@@ -30,6 +35,7 @@ from robbench.records import Record
 from robbench.rendering import page_files
 from robbench.reproducing import part_of
 from robbench.runner import Shared, Training
+from robbench.statistics import Interval
 from robbench.tasks import Passes, attack_passes, plan
 from robbench.threat import Threat
 
@@ -341,12 +347,13 @@ def test_a_table_is_measured_and_printed(run):
     _, text, err = run
     assert "trainings" in err and "goes on where it was" in err
     assert max(map(len, text.splitlines())) <= 80
-    assert "digits · quick(width=4) · n = 10 · 1 epochs" in text
+    assert "digits · quick(width=4) · n = 10 · 1 epoch" in text
     assert re.search(r"ifgsm20 +46\.03 +\d+\.\d \(\d", text)
 
 
-def test_the_paper_s_scale_is_estimated_without_its_images(robbench, tmp_path):
-    call = ("reproduce", "sdr:table2", "--scale", "paper", "--estimate", "--data-dir", tmp_path)
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+def test_a_scale_is_estimated_without_its_images(robbench, tmp_path, scale):
+    call = ("reproduce", "sdr:table2", "--scale", scale, "--estimate", "--data-dir", tmp_path)
     code, text, err = robbench(*call, "--out", tmp_path)
     assert (code, err) == (0, "")
     assert text.startswith("4 trainings, about ")
@@ -377,9 +384,30 @@ def test_formats_agree(robbench, out):
             assert latex.escaped(note) in plain if form == tex else note in plain
     assert tree["tables"]["table7"]["notes"] == list(load("enresnet").tables["table7"].notes)
     assert sum(line.count(" & ") == 4 for line in tex.splitlines()) == 1 + len(rows)
-    assert "digits $\\cdot$ quick(width=4) $\\cdot$ n = 10 $\\cdot$ 1 epochs" in tex
+    assert "digits $\\cdot$ quick(width=4) $\\cdot$ n = 10 $\\cdot$ 1 epoch" in tex
     assert r"\cite{enresnet}" in tex
     assert shown(robbench, out, "bibtex").startswith("@")
+
+
+def test_a_footnote_names_the_flags_for_which_numbers_do_not_count():
+    half = Measure(0.5, Interval(0.4, 0.6))
+
+    def line(*flags, measure=half):
+        raised = [Flag(name, verdict, 0, 0, 1, (), "") for name, verdict in flags]
+        return SimpleNamespace(measure=measure, audited=Audited(tuple(raised), (), True))
+
+    over, warn = "OVERESTIMATE", "WARN"
+    lines = [line(("F24", over), ("F5", over), ("F8", warn)), line(("F4", over), measure=None)]
+    named = [f"{name} {CHECKS[name].title}" for name in ("F5", "F24")]
+    assert wording._flags(lines) == [f"Flags: {'; '.join(named)}."]
+    assert wording._flags([line(("F8", warn)), line()]) == []
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=9))
+def test_a_mean_length_is_not_below_0(lengths):
+    record = SimpleNamespace(distance=np.array(lengths))
+    value, (low, high) = derived._distance([record], {})
+    assert 0 <= low <= value <= high
 
 
 def test_claims_that_nothing_was_measured_for_say_so(robbench, out):
@@ -419,7 +447,7 @@ def test_every_format_of_a_claim_has_its_rule_its_note_and_what_it_was_measured_
     assert row["rule"] == "more than 0" and row["note"] and row["networks"] and row["cells"]
     lines = list(csv.DictReader(io.StringIO(shown(robbench, out, "csv", what))))
     assert row.items() - {("published", row["published"])} <= lines[rows.index(row)].items()
-    grounds = f"{row['dataset']} · {row['networks']} · n = {row['n']} · {row['epochs']} epochs"
+    grounds = f"{row['dataset']} · {row['networks']} · n = {row['n']} · {row['epochs']} epoch"
     for form in ("text", "markdown", "latex"):
         plain = " ".join(shown(robbench, out, form, what).split())
         said = [row["claim"], row["rule"], row["note"]]
@@ -428,13 +456,16 @@ def test_every_format_of_a_claim_has_its_rule_its_note_and_what_it_was_measured_
             assert (latex.escaped(each) if form == "latex" else each) in plain
     (cost,) = [row for row in rows if row["claim"] == "trained parameters of ResNet-18"]
     assert (cost["dataset"], cost["n"]) == ("digits", "") and cost["networks"]
+    assert cost["holds"] in ("another network at this scale", "not measured")
 
 
 def test_claims_are_a_file_beside_the_page(tmp_path):
     part = part_of("sdr", "smoke", tmp_path, dataset)
     files = page_files(part, Known.of([], part.least))
     lines = list(csv.DictReader(io.StringIO(files[tmp_path / "papers" / "sdr.smoke.claims.csv"])))
-    assert [line["claim"] for line in lines] == [claim.what for claim in part.paper.claims]
+    assert [line["claim"] for line in lines] == [
+        claim.what for claim in sorted(part.paper.claims, key=lambda claim: bool(claim.text))
+    ]
 
 
 def test_a_table_of_words_is_its_words_in_every_format(robbench, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,11 @@ def _figure(part: Part, form: str) -> str:
         draw = f"robbench reproduce {part.paper.key}:{name} --scale {part.scale} --out {part.out}"
         why = f"not drawn yet; write {draw}"
     if form in ("text", "markdown"):
-        where = ", ".join(map(str, files.values()))
+        where = [why] if why else [str(file) for file in files.values()]  # one piece to be copied
         notes = [f"note: {note}" for note in figure.notes]
-        return "\n".join([f"{figure.shows}: {why or where}", *notes])
+        if form == "markdown":
+            return "\n".join([f"{figure.shows}: {', '.join(where)}", *notes])
+        return "\n".join([_wrapped(f"{figure.shows}:"), *where, *map(_wrapped, notes)])
     if why:
         raise InputError(f"{part.paper.key}:{name} is {why}")
     if form == "latex":
@@ -113,6 +116,10 @@ def _figure(part: Part, form: str) -> str:
         return data.read_text(encoding="utf-8").rstrip("\n")
     said = {"shows": figure.shows, "notes": figure.notes, "rows": figures.read(data)}
     return _json({"paper": part.paper.key, "scale": part.scale, "figures": {name: said}})
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 80, subsequent_indent="  ")
 
 
 def page_files(part: Part, known: Known) -> dict[Path, str]:

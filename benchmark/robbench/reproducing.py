@@ -123,7 +123,7 @@ class Part:
         }
 
     def judged(self, known: Known) -> list[spoken.Judged]:
-        """The claims, if the part has them."""
+        """The claims, if the part has them; those without a measured counterpart last."""
         if not self.claimed:
             return []
         units = {
@@ -138,7 +138,8 @@ class Part:
             return self.reproduction.line(number, unit, known)
 
         series_of: Callable[[str], spoken.Series] = cache(partial(self.figures.series, known))
-        return [spoken.judge(claim, line_of, series_of) for claim in self.paper.claims]
+        claims = sorted(self.paper.claims, key=lambda claim: bool(claim.text))
+        return [spoken.judge(claim, line_of, series_of) for claim in claims]
 
     def trained(self) -> float:
         """Seconds of all trainings behind the numbers of the part, each once, as the checkpoints
@@ -165,12 +166,14 @@ def loader(out: Path, data_dir: Path | None, estimate: bool = False) -> Callable
     def load(name: str) -> Dataset:
         try:
             return registry.dataset(name, data_dir)
-        except InputError:
-            record = next(Store(out).all(name), None)
-            if estimate and name in FACTS:
-                return blank(name)
-            if record is None or kind(name) not in FACTS:
+        except InputError as error:
+            if kind(name) not in FACTS:
                 raise
+            if estimate:
+                return blank(name)
+            record = next(Store(out).all(name), None)
+            if record is None:
+                raise InputError(f"{error} (and {out} has no record of it)") from None
             return described(name, str(record.provenance["dataset_hash"]))
 
     return load

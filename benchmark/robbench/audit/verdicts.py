@@ -30,6 +30,13 @@ class Audited(NamedTuple):
         return next((verdict for verdict in VERDICTS if verdict in raised), None)
 
     @property
+    def accused(self) -> tuple[str, ...]:
+        """The flags for which a number does not count; those of the worst verdict alone."""
+        if self.worst not in ("INVALID", "OVERESTIMATE"):
+            return ()
+        return tuple(dict.fromkeys(flag.id for flag in self.flags if flag.verdict == self.worst))
+
+    @property
     def audited(self) -> bool:
         """Enough was looked at to call a number sound."""
         made = set(self.assessed)
@@ -38,8 +45,7 @@ class Audited(NamedTuple):
 
     @property
     def sound(self) -> bool:
-        ranked = self.worst not in ("INVALID", "OVERESTIMATE")
-        return ranked and self.adaptive and self.audited
+        return not self.accused and self.adaptive and self.audited
 
 
 def audit(records: Iterable[Record], wanted: Collection[str] | None = None) -> dict[str, Audited]:
@@ -96,10 +102,8 @@ def is_adaptive(case: Case) -> bool:
 
 def badge(found: Audited) -> str:
     """`sound`, `invalid: F8`, `overestimate: F3, F11`, `not adaptive` or `not audited`."""
-    for verdict, word in (("INVALID", "invalid"), ("OVERESTIMATE", "overestimate")):
-        names = dict.fromkeys(flag.id for flag in found.flags if flag.verdict == verdict)
-        if names:
-            return f"{word}: {', '.join(names)}"
+    if found.accused:
+        return f"{str(found.worst).lower()}: {', '.join(found.accused)}"
     if not found.adaptive:
         return "not adaptive"
     return "sound" if found.audited else "not audited"

@@ -87,7 +87,7 @@ def common(function: F) -> F:
             envvar="ROBBENCH_DATA",
             help="Where datasets lie.  [default: $ROBBENCH_DATA or the user's cache]",
         ),
-        out_option("Folder of records, checkpoints and tables."),
+        out_option("Folder of records and tables."),
     ):
         function = option(function)
     return function

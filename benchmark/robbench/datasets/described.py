@@ -60,11 +60,14 @@ def described(name: str, digest: str) -> Dataset:
 
 
 def blank(name: str) -> Dataset:
-    """As many black images as a built-in dataset has, to learn from too: what takes how long can be
-    tried on them. KeyError for other names."""
-    facts, learning = FACTS[name], COUNTS[name][0]
-    held = learning // 10
-    train, validation = _blank(learning - held, facts), _blank(held, facts)
+    """As many black images as a built-in dataset or its view NAME@COUNT has, to learn from too, on
+    which it can be tried how long something takes. KeyError for other names."""
+    kind, _, count = name.partition("@")
+    facts, held = FACTS[kind], COUNTS[kind][0] // 10
+    learning = COUNTS[kind][0] - held
+    if count:
+        learning, held = int(count), int(count) // 10
+    train, validation = _blank(learning, facts), _blank(held, facts)
     made = replace(described(name, ""), train=train, validation=validation)
     return _hashed(made, f"{name}, blank")
 

@@ -142,14 +142,14 @@ def _accuracies(records: Sequence[Record]) -> list[float]:
 
 def _distance(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
     """The mean length of x' - x in the cell's norm over all images, failures and images that are
-    wrong already among them, as the code of paper 003 averages; t interval."""
+    wrong already among them, as the code of paper 003 averages; t interval, from 0 on."""
     (record,) = records
     assert record.distance is not None
     lengths = record.distance.astype(np.float64)
     error = float(lengths.std(ddof=1) / np.sqrt(len(lengths))) if len(lengths) > 1 else 0.0
     half = float(t.ppf(0.975, max(1, len(lengths) - 1))) * error
     mean = float(lengths.mean())
-    return Measure(mean, Interval(mean - half, mean + half))
+    return Measure(mean, Interval(max(0.0, mean - half), mean + half))
 
 
 def _auc(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:

@@ -102,7 +102,10 @@ def estimate(
 def _text(seconds: float) -> str:
     if seconds < 60:
         return "a minute or less"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    hours = float(f"{seconds / 3600:.2g}")  # it is no better than that
+    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:g} h"
 
 
 def seconds(

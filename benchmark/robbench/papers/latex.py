@@ -101,7 +101,7 @@ def latex_figure(paper: Paper, name: str, file: Path, scale: str) -> str:
 
 def escaped(text: str) -> str:
     """A text as LaTeX prints it."""
-    return text.translate(SIGNS)
+    return text.replace("<=", "≤").replace(">=", "≥").translate(SIGNS)
 
 
 def _floats(

@@ -30,7 +30,7 @@ from robbench.papers.wording import (
 from robbench.tables import tabulated
 
 BRIEF = ["", "published", "measured", "strongest", "verdict"]
-WIDTHS = [18, 9, 17, 20, 10]  # of a table for 80 columns
+WIDTHS = [14, 9, 17, 19, 13]  # of a table for 80 columns: no badge is broken inside a word
 
 
 def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str:
@@ -55,7 +55,7 @@ def _brief(line: Line, marks: dict[str, str]) -> list[str]:
     printed, value, _, verdict = values(line)
     left, attack = shown_strongest(line)
     if attack:
-        left = f"{left} {marks.setdefault(attack, f'[{len(marks) + 1}]')}".strip()
+        left += marks.setdefault(attack, f"[{len(marks) + 1}]")
     if line.measure is None:
         verdict = marks.setdefault(verdict, f"[{len(marks) + 1}]")
     return [line.number.column.replace("_", " "), printed, value, left, verdict]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from robbench.errors import unknown
+from robbench.errors import InputError, unknown
 
 Kind = Literal["cell", "derived", "cost", "quoted", "text"]
 Printed = float | int | str | None  # as printed: "<=1", "~2", "O(K^2)" stay text
@@ -267,5 +267,7 @@ def select(text: str) -> tuple[Paper, str | None]:
     paper = load(key)
     known = [*paper.tables, *paper.figures, "claims"]
     if colon and part not in known:
+        if not part:
+            raise InputError(f"{text} names no part; 'robbench reproduce' lists them")
         raise unknown(f"part of {key}", part, known)
     return paper, part or None

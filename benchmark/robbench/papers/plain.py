@@ -27,6 +27,7 @@ def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
     """A number with all that is known of it."""
     cell = line.cells[0] if line.cells else None
     measure, strongest = line.measure, line.strongest
+    least = measured(strongest, line.number.binding.measure) if strongest else None
     return {
         "paper": paper.key,
         "number": line.number.path,
@@ -37,9 +38,10 @@ def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
         "measured": _rounded(measure.value, line.unit) if measure else None,
         "low": _rounded(measure.interval.low, line.unit) if measure else None,
         "high": _rounded(measure.interval.high, line.unit) if measure else None,
-        "strongest": _rounded(measured(strongest, line.number.binding.measure).value, line.unit)
-        if strongest
-        else None,
+        "strongest": _rounded(least.value, line.unit) if least else None,
+        "strongest_low": _rounded(least.interval.low, line.unit) if least else None,
+        "strongest_high": _rounded(least.interval.high, line.unit) if least else None,
+        "strongest_n": strongest.cell.n if strongest else None,
         "strongest_attack": strongest.cell.attack if strongest else "",
         "badge": badge(line.audited) if line.audited and measure else "",
         "reason": line.why,
@@ -48,6 +50,7 @@ def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
         "attack": cell.attack if cell else "",
         "norm": cell.threat.norm if cell else "",
         "eps": format_eps(cell.threat.eps) if cell else "",
+        "target": str(cell.threat.target) if cell else "",
         "setting": str(cell.setting) if cell else "",
         "cells": _ids([line]),
         "seconds": round(line.seconds, 1),

@@ -188,15 +188,16 @@ def shown_value(measure: Measure, unit: str | None) -> str:
 
 
 def shown_strongest(line: Line) -> tuple[str, str]:
-    """The least that any attack left of what the number counts, and the attack, or why nothing
-    stands there."""
+    """The least that any attack left of what the number counts, and the attack with the number of
+    its images, or why nothing stands there."""
     if line.strongest is None:
         binding = line.number.binding
         attacked = binding.kind == "cell" and not binding.measure.startswith("clean")
         unbound = line.measure is not None and attacked and binding.eps == UNBOUNDED
         return "", "no ε to compare at" if unbound else ""
     record = line.strongest
-    return with_interval(measured(record, line.number.binding.measure)), record.cell.attack
+    value = with_interval(measured(record, line.number.binding.measure))
+    return value, f"{record.cell.attack}, n = {record.cell.n}"
 
 
 def verdict(line: Line) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from robbench.audit import CHECKS
 from robbench.papers.claims import MARGIN, TREND, Judged
 from robbench.papers.paper import Claim, Paper, Table
 from robbench.papers.reproduction import Line, made_of, shown_strongest, shown_value, verdict
@@ -12,7 +13,7 @@ from robbench.papers.reproduction import Line, made_of, shown_strongest, shown_v
 SCALED = {
     "smoke": "digits, tiny networks, one epoch: shows that everything runs, and nothing else",
     "cpu": "small networks on subsets, for hours of a CPU: numbers are those of other networks and"
-    " other images than the paper's, which every row names",
+    " other images than the paper's",
     "paper": "the paper's own data sets, networks and epochs",
 }
 HEADS = ["", "published", "measured (95 %)", "strongest (95 %)", "verdict"]
@@ -57,11 +58,17 @@ def described(lines: Sequence[Line]) -> list[str]:
                 dataset,
                 networks,
                 *([f"n = {n}"] if n else []),
-                f"{epochs} epochs" if epochs else "not trained",
+                _epochs(epochs),
             ]
         )
         for dataset, networks, n, epochs in grounds(lines)
     ]
+
+
+def _epochs(count: str) -> str:
+    if not count:
+        return "not trained"
+    return f"{count} epoch" if count == "1" else f"{count} epochs"
 
 
 def values(line: Line) -> list[str]:
@@ -81,14 +88,14 @@ def unit(table: Table) -> str:
 
 
 def notes_of(paper: Paper, tables: Mapping[str, Sequence[Line]]) -> dict[str, list[str]]:
-    """The footnotes of each table: those of the print, and one where a smaller scale has made cells
-    of it cells of a table before it."""
+    """The footnotes of each table: those of the print, one where a smaller scale has made cells of
+    it cells of a table before it, and one that says what the flags in it are."""
     first: dict[str, str] = {}  # the table in which a cell stands first, by its id
     notes = {}
     for name, lines in tables.items():
         measured = [[cell.id for cell in line.cells] for line in lines if line.cells]
         shared = Counter(first[ids[0]] for ids in measured if first.keys() >= set(ids))
-        notes[name] = [*paper.tables[name].notes, *_shared(shared, len(measured))]
+        notes[name] = [*paper.tables[name].notes, *_shared(shared, len(measured)), *_flags(lines)]
         for ids in measured:
             for each in ids:
                 first.setdefault(each, name)
@@ -103,6 +110,15 @@ def _shared(shared: Mapping[str, int], total: int) -> list[str]:
         f"At this scale {sum(shared.values())} of {total} numbers share their cells with another"
         f" table: {', '.join(parts)}."
     ]
+
+
+def _flags(lines: Sequence[Line]) -> list[str]:
+    """What the flags of the verdicts in a table are called."""
+    audited = [line.audited for line in lines if line.measure is not None and line.audited]
+    raised = {name for each in audited for name in each.accused}
+    ordered = sorted(raised, key=lambda name: int(name[1:]))
+    said = [f"{name} {CHECKS[name].title}" for name in ordered]
+    return [f"Flags: {'; '.join(said)}."] if said else []
 
 
 def rule(claim: Claim) -> str:
@@ -134,8 +150,15 @@ def summary(judged: Sequence[Judged]) -> str:
     """How many claims hold, in one line."""
     counted = {word: sum(each.holds == word for each in judged) for word in ("yes", "no")}
     open_ones = sum(each.holds in ("undecided", "not defined here") for each in judged)
-    left = len(judged) - sum(counted.values()) - open_ones
-    return (
-        f"{len(judged)} claims: {counted['yes']} hold at this scale, {counted['no']} do not,"
-        f" {open_ones} are not decided by so few images, {left} have no measured counterpart."
-    )
+    bare = sum(bool(each.claim.text) for each in judged)
+    missing = sum(not each.measured and not each.claim.text for each in judged)
+    apart = len(judged) - sum(counted.values()) - open_ones - bare - missing
+    said = [
+        f"{counted['yes']} hold at this scale",
+        f"{counted['no']} do not",
+        f"{open_ones} are not decided by so few images",
+        *([f"{apart} are about networks that are others at this scale"] if apart else []),
+        *([f"{missing} are not measured"] if missing else []),
+        f"{bare} have no measured counterpart",
+    ]
+    return f"{len(judged)} claims: {', '.join(said)}."
