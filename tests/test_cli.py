@@ -388,8 +388,8 @@ def test_the_table_is_at_most_80_columns_wide(robbench, folder):
 def test_progress_is_plain_lines_where_it_is_no_terminal(robbench, tmp_path, monkeypatch):
     monkeypatch.setenv("ROBBENCH_CACHE", str(tmp_path / "cache"))
     _, _, err = robbench(*RUN, *SERIAL, "--out", tmp_path)
-    trained, *done = err.splitlines()
-    assert trained.split("s  ")[1] == f"trained {TINY}"
+    trained, *done, tables = err.splitlines()
+    assert trained.split("s  ")[1] == f"trained {TINY}" and tables == "writing the tables of digits"
     assert [f"[{index}/3]" in line for index, line in enumerate(done, 1)] == [True] * 3
     (probe,) = (line for line in done if "probe" in line)
     assert all("accuracy" in line for line in done if line != probe) and "accuracy" not in probe

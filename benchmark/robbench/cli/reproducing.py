@@ -48,6 +48,8 @@ def reproduce_command(**options: Any) -> None:
     robbench reproduce ito --scale paper --estimate
     """
     if options["what"] is None:
+        if options["form"] != "text":
+            raise InputError(f"--format {options['form']} of what? write PAPER or PAPER:PART")
         from robbench.papers.listing import listing
 
         click.echo(listing())

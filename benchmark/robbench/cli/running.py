@@ -119,7 +119,10 @@ def run_command(**options: Any) -> None:
     found = [record for record in known.values() if record is not None]
     audits: dict[str, Audited] = {}
     for name in dict.fromkeys(cell.dataset for cell in cells):
-        beside, new = list(store.all(name)), any(cell.dataset == name for cell in missing)
+        new = any(cell.dataset == name for cell in missing)
+        if new and not silent:
+            click.echo(f"writing the tables of {name}", err=True)
+        beside = list(store.all(name))
         found_here = audit(beside, None if new else known)
         audits |= found_here
         if new:

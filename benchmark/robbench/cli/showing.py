@@ -64,6 +64,7 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
     from robbench.contributions.files import file_problems
     from robbench.contributions.pages import paper_pages
     from robbench.records import Store, write_text
+    from robbench.reproducing import begun
 
     store = Store(out)
     if check:
@@ -103,7 +104,8 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
         click.echo(line, err=not check)
     if papers.broken or check and lines:
         click.get_current_context().exit(1)
-    click.echo(f"{'checked' if check else 'wrote'} {', '.join(by_dataset)} in {out}")
+    made = [*by_dataset, *(f"{key} at {scale}" for key, scale in begun(out))]
+    click.echo(f"{'checked' if check else 'wrote'} {', '.join(made)} in {out}")
 
 
 def _text(path: Path) -> str | None:

@@ -15,15 +15,15 @@ from robbench.papers.claims import Judged
 from robbench.papers.paper import Paper
 from robbench.papers.reproduction import Line
 from robbench.papers.wording import (
-    HEADS,
+    BRIEF,
     SCALED,
+    brief,
     described,
     footnotes,
     label,
     published,
     rule,
     unit,
-    values,
 )
 
 LINES = 44  # of a table that fits a page
@@ -53,17 +53,19 @@ def latex_table(
         words = [("", [[str(label) for label in row.labels]]) for row in table.rows]
         widths = [0.96 / len(table.heads)] * len(table.heads)
         return _floats(paper, name, table.heads, widths, words, f"{table.title}, by", notes)
+    marks: dict[str, str] = {}
     groups: list[Group] = []
     for title, group in groupby(lines, label):
         row = list(group)
         said = "; ".join(described(row))
         above = f"{title}: {said}" if said else title
-        groups.append((above, [[line.number.column, *values(line)] for line in row]))
+        groups.append((above, [brief(line, marks) for line in row]))
     caption = (
-        f"{table.title} ({unit(table)}), measured with robbench at the scale {scale}:"
-        f" {SCALED[scale]}; published by"
+        f"{table.title} ({unit(table)}, 95 % intervals), measured with robbench at the scale"
+        f" {scale}: {SCALED[scale]}; published by"
     )
-    return _floats(paper, name, HEADS, (0.21, 0.11, 0.19, 0.24, 0.17), groups, caption, notes)
+    below = [*(f"{mark} {text}" for text, mark in marks.items()), *notes]
+    return _floats(paper, name, BRIEF, (0.21, 0.11, 0.2, 0.18, 0.24), groups, caption, below)
 
 
 def latex_claims(paper: Paper, judged: Sequence[Judged], scale: str) -> str:
@@ -113,17 +115,24 @@ def _floats(
     caption: str,
     notes: Sequence[str],
 ) -> str:
-    """widths: of the columns, as shares of a line. The notes stand below all rows."""
+    """widths: of the columns, as shares of a line. The notes stand below all rows; the caption is
+    that of the first float."""
     pages = list(_pages([*groups, *((note, []) for note in notes)], widths))
     columns = "".join(f">{{\\raggedright\\arraybackslash}}p{{{w:.2f}\\linewidth}}" for w in widths)
     made = []
     for index, page in enumerate(pages, 1):
+        first = f"tab:{paper.key}-{name}"
+        said = (
+            f"{escaped(caption)}~\\cite{{{paper.key}}}."
+            if index == 1
+            else (f"Goes on from table~\\ref{{{first}}}.")
+        )
         part = f" Part {index} of {len(pages)}." if len(pages) > 1 else ""
         made += [
             "\\begin{table*}",
             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
-            f"\\caption{{{escaped(caption)}~\\cite{{{paper.key}}}.{part}}}",
-            f"\\label{{tab:{paper.key}-{name}{f'-{index}' if index > 1 else ''}}}",
+            f"\\caption{{{said}{part}}}",
+            f"\\label{{{first}{f'-{index}' if index > 1 else ''}}}",
             f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
             "\\toprule",
             _row(heads),

@@ -11,11 +11,13 @@ from tabulate import tabulate
 from robbench.defense import shown
 from robbench.papers.claims import Judged
 from robbench.papers.paper import Figure, Paper, Table
-from robbench.papers.reproduction import Line, shown_strongest
+from robbench.papers.reproduction import Line
 from robbench.papers.wording import (
+    BRIEF,
     HEADS,
     MADE,
     SCALED,
+    brief,
     described,
     footnotes,
     label,
@@ -29,7 +31,6 @@ from robbench.papers.wording import (
 )
 from robbench.tables import tabulated
 
-BRIEF = ["", "published", "measured", "strongest", "verdict"]
 WIDTHS = [14, 9, 17, 19, 13]  # of a table for 80 columns: no badge is broken inside a word
 
 
@@ -43,22 +44,10 @@ def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str
     for title, group in groupby(lines, label):
         row = list(group)
         parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(row))]
-        body = [_brief(line, marks) for line in row]
+        body = [brief(line, marks) for line in row]
         parts.append(tabulate(body, BRIEF, "plain", disable_numparse=True, maxcolwidths=WIDTHS))
     parts += [_note(text, mark) for text, mark in marks.items()]
     return "\n".join([*parts, *map(_note, notes)])
-
-
-def _brief(line: Line, marks: dict[str, str]) -> list[str]:
-    """Column, published, measured, strongest and verdict; what is too long for them goes into
-    marks."""
-    printed, value, _, verdict = values(line)
-    left, attack = shown_strongest(line)
-    if attack:
-        left += marks.setdefault(attack, f"[{len(marks) + 1}]")
-    if line.measure is None:
-        verdict = marks.setdefault(verdict, f"[{len(marks) + 1}]")
-    return [line.number.column.replace("_", " "), printed, value, left, verdict]
 
 
 def _indented(text: str) -> str:

@@ -17,6 +17,7 @@ SCALED = {
     "paper": "the paper's own data sets, networks and epochs",
 }
 HEADS = ["", "published", "measured (95 %)", "strongest (95 %)", "verdict"]
+BRIEF = ["", "published", "measured", "strongest", "verdict"]
 MADE = ["dataset", "networks", "n", "epochs"]
 RULES = {
     "near": "the published value lies in the interval",
@@ -76,6 +77,18 @@ def values(line: Line) -> list[str]:
     printed = "" if line.number.printed is None else str(line.number.printed)
     value = shown_value(line.measure, line.unit) if line.measure else ""
     return [printed, value, " ".join(filter(None, shown_strongest(line))), verdict(line)]
+
+
+def brief(line: Line, marks: dict[str, str]) -> list[str]:
+    """Column, published, measured, strongest and verdict; what is too long for them goes into
+    marks."""
+    printed, value, _, said = values(line)
+    left, attack = shown_strongest(line)
+    if attack:
+        left += marks.setdefault(attack, f"[{len(marks) + 1}]")
+    if line.measure is None:
+        said = marks.setdefault(said, f"[{len(marks) + 1}]")
+    return [line.number.column.replace("_", " "), printed, value, left, said]
 
 
 def label(line: Line) -> str:
