@@ -41,13 +41,21 @@ def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str
     parts = [textwrap.fill(f"{table.title} ({unit(table)}, 95 % intervals)", 80)]
     if not table.columns:
         parts += [textwrap.fill(" · ".join(map(str, row.labels)), 80) for row in table.rows]
-    for title, group in groupby(lines, label):
-        row = list(group)
+    rows = [brief(line, marks) for line in lines]
+    widths = _widths([BRIEF, *rows])
+    for title, group in groupby(zip(lines, rows, strict=True), lambda pair: label(pair[0])):
+        row, body = zip(*group, strict=True)
         parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(row))]
-        body = [brief(line, marks) for line in row]
-        parts.append(tabulate(body, BRIEF, "plain", disable_numparse=True, maxcolwidths=WIDTHS))
+        parts.append(tabulate(body, BRIEF, "plain", disable_numparse=True, maxcolwidths=widths))
     parts += [_note(text, mark) for text, mark in marks.items()]
     return "\n".join([*parts, *map(_note, notes)])
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Of the columns: what the others leave is the first one's."""
+    longest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    others = [min(pair) for pair in zip(WIDTHS, longest, strict=True)][1:]
+    return [80 - sum(width + 2 for width in others), *others]
 
 
 def _indented(text: str) -> str:
