@@ -14,13 +14,14 @@ from robbench import statistics
 from robbench.defense import with_preset
 from robbench.errors import InputError, unknown
 from robbench.metrics import Measure
+from robbench.papers.costs import timed
 from robbench.papers.derived import outcome
 from robbench.papers.paper import Claim, Counterpart, Number, Paper, Printed
 from robbench.papers.reproduction import SHARES, Line, made_of, shown_value
 from robbench.statistics import Interval
 
 MARGIN = 2  # what is as good as 0, in the unit of the print
-OTHER = "another network at this scale"
+NETWORK, MACHINE = "another network at this scale", "another machine"
 TREND = 0.5  # rank correlation from which on a curve is said to rise or to fall
 
 
@@ -91,20 +92,23 @@ def judge(
             return Judged(claim, _points(measure, asked[0].unit), holds, asked)
         (line,) = asked
         assert line.measure is not None
-        holds = OTHER if _other_network(line) else _holds(claim, line.measure, _factor(line))
+        holds = _elsewhere(claim, line) or _holds(claim, line.measure, _factor(line))
         return Judged(claim, shown_value(line.measure, line.unit), holds, asked)
     except InputError as error:
         return Judged(claim, "", str(error))
 
 
-def _other_network(line: Line) -> bool:
-    """Whether the parameters of a network were counted that the scale has made smaller."""
+def _elsewhere(claim: Claim, line: Line) -> str | None:
+    """Why a printed level cannot be one here: seconds and bytes of their machine, parameters of a
+    network that the scale has made smaller."""
     binding = line.number.binding
-    if binding.function != "parameters" or "over" in binding.arguments:
-        return False
+    if binding.kind != "cost" or "over" in binding.arguments or not claim.holds.startswith("near"):
+        return None
+    if timed(binding):
+        return MACHINE
     assert binding.defense and binding.dataset
     whole = made_of(str(with_preset(binding.defense, "paper", binding.dataset)))[0]
-    return any(made_of(each.defense)[0] != whole for each in line.deployed)
+    return NETWORK if any(made_of(each.defense)[0] != whole for each in line.deployed) else None
 
 
 def difference(first: Line, second: Line) -> Measure:

@@ -159,18 +159,24 @@ def footnotes(judged: Sequence[Judged]) -> tuple[list[str], list[str]]:
     return marks, notes
 
 
+def _unmeasurable(judged: Judged) -> bool:
+    """Whether a claim is a setting, a theorem or somebody else's number."""
+    kinds = {line.number.binding.kind for line in judged.lines}
+    return bool(judged.claim.text) or not kinds.isdisjoint(("quoted", "text"))
+
+
 def summary(judged: Sequence[Judged]) -> str:
     """How many claims hold, in one line."""
     counted = {word: sum(each.holds == word for each in judged) for word in ("yes", "no")}
     open_ones = sum(each.holds in ("undecided", "not defined here") for each in judged)
-    bare = sum(bool(each.claim.text) for each in judged)
-    missing = sum(not each.measured and not each.claim.text for each in judged)
+    bare = sum(map(_unmeasurable, judged))
+    missing = sum(not each.measured and not _unmeasurable(each) for each in judged)
     apart = len(judged) - sum(counted.values()) - open_ones - bare - missing
     said = [
         f"{counted['yes']} hold at this scale",
         f"{counted['no']} do not",
         f"{open_ones} are not decided by so few images",
-        *([f"{apart} are about networks that are others at this scale"] if apart else []),
+        *([f"{apart} are levels of other networks or machines"] if apart else []),
         *([f"{missing} are not measured"] if missing else []),
         f"{bare} have no measured counterpart",
     ]
