@@ -43,6 +43,7 @@ BATCHES = 10  # of a training that is timed, at most
 FEW = 2  # images that are begun with: batch normalisation wants two
 ENOUGH = 0.1  # seconds that can be measured well: no more images then
 SLOW = 1.0  # seconds that are not spent a second time
+LONG = 5.0  # seconds that no batch is measured for
 # fields of a recipe that no step is longer for
 SCHEDULE = ("lr", "schedule", "decay_at", "lr_end", "weight_decay", "select")
 Kind = Literal["attack", "answer"]
@@ -304,20 +305,23 @@ def _trained(defense: Defense, dataset: Dataset, device: torch.device, answer: f
             curve = train(brief, members, few, 0, device)
         return max(0.0, sum(point["seconds"] for point in curve) - count * answer)
 
-    return _clocked(once, min(BATCHES * defense.batch_size, len(dataset.train.y)))
+    size = len(dataset.train.y)
+    return _clocked(once, min(BATCHES * defense.batch_size, size), min(defense.batch_size, size))
 
 
-def _clocked(once: Callable[[int], float], most: int) -> float:
+def _clocked(once: Callable[[int], float], most: int, batch: int = FEW) -> float:
     """Seconds of one image where `once` says those of so many: of `most`, or of as many as can be
-    measured well, after a call that warms up."""
+    measured well, after a call that warms up. Fewer images than a batch take longer, each: they
+    stand for it only where a whole one would take too long."""
     count = min(FEW, most)
     took = once(count)
     while took < SLOW:
         took = once(count)
-        if took > ENOUGH:
+        whole = batch if took / count * batch < LONG else count
+        if took > ENOUGH and count >= whole:
             break
         took = min(took, once(count))
         if count == most:
             break
-        count = min(most, 8 * count)
+        count = min(most, max(8 * count, whole))
     return took / count
