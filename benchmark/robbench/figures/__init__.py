@@ -1,9 +1,9 @@
 """Figures of the papers: data first, as CSV, and the plot from that data alone.
 
-A drawing has three functions: the bindings of the cells that it needs (none for what it computes
-itself), the rows of its data, and the plot of such rows; and two more that say what computing them
-takes: the trainings and the attacks that are behind the rows. A module per subject registers them;
-papers' YAML files name them with their arguments.
+A drawing has two functions: the rows of its data, and the plot of such rows; and three more that
+say what the rows take: the bindings of the cells behind them (none for what it computes itself),
+the trainings and the attacks. A module per subject registers them; papers' YAML files name them
+with their arguments.
 """
 
 from __future__ import annotations
@@ -97,16 +97,16 @@ class Sources:
 
 
 class Drawing(NamedTuple):
-    """bindings: of the cells behind the data; data: its rows; plot: of these rows alone.
+    """data: the rows; plot: of these rows alone; bindings: of the cells behind the data.
 
     Of data that is computed: trainings, the defenses that it deploys or watches in training;
     attacks, the cells whose first shard it attacks itself; version, raised when the same
     arguments give other rows.
     """
 
-    bindings: Callable[[Fields], list[Fields]]
     data: Callable[[Sources, Fields], Rows]
     plot: Callable[[Rows, Fields], Canvas]
+    bindings: Callable[[Fields], list[Fields]] = no_cells
     trainings: Callable[[Reproduction, Fields], list[Training]] = nothing
     attacks: Callable[[Reproduction, Fields], list[Cell]] = nothing
     version: int = 1

@@ -21,7 +21,6 @@ from robbench.figures import (
     Sources,
     canvas,
     drawings,
-    no_cells,
 )
 from robbench.figures.images import (
     NONE,
@@ -36,6 +35,7 @@ from robbench.figures.images import (
     pixels,
     show,
 )
+from robbench.figures.styles import SMALL
 from robbench.papers.cells import training_of
 from robbench.papers.reproduction import Reproduction
 from robbench.randomness import preserved_random_state, seed_everything
@@ -143,13 +143,13 @@ def _abstention_plot(rows: Rows, arguments: Fields) -> Canvas:
         line, column = divmod(place, per_line)
         above, below = axes[2 * line, column], axes[2 * line + 1, column]
         show(above, picture(row))
-        above.set_title(f"label: {brief(row['label'])}", fontsize=7, pad=3)
+        above.set_title(f"label: {brief(row['label'])}", fontsize=SMALL, pad=3)
         share = 100 * float(row["original_confidence"])
         said = brief(row["original_prediction"])
         right = row["original_prediction"] == row["label"]
         color, weight = (RIGHT, "normal") if right else (WRONG, "bold")
         text = f"original says\n{said} {share:.0f} %"
-        above.set_xlabel(text, fontsize=7, labelpad=2, color=color, weight=weight)
+        above.set_xlabel(text, fontsize=SMALL, labelpad=2, color=color, weight=weight)
         _votes(below, row)
     return made
 
@@ -162,15 +162,15 @@ def _votes(axis: Any, row: Mapping[str, Any]) -> None:
     axis.barh(range(len(places)), shares, 0.38, color=colors, edgecolor="k", linewidth=0.5)
     for bar, place in enumerate(places):
         text = f"{brief(row[f'vote{place}'])} {100 * shares[bar]:.0f} %"
-        axis.text(0, bar - 0.25, text, fontsize=7, va="bottom")
+        axis.text(0, bar - 0.25, text, fontsize=SMALL, va="bottom")
         axis.vlines(0.5, bar - 0.26, bar + 0.26, color="k", linewidth=1, linestyle=(0, (2, 1)))
     axis.set(xlim=(0, 1), ylim=(2.4, -0.8))
     answer = row["prediction"]
     axis.set_xlabel(
-        "abstains" if answer == NONE else f"says {brief(answer)}", fontsize=7, labelpad=2
+        "abstains" if answer == NONE else f"says {brief(answer)}", fontsize=SMALL, labelpad=2
     )
 
 
 drawings.add(
-    "abstentions", Drawing(no_cells, _abstention_data, _abstention_plot, _abstention_trainings)
+    "abstentions", Drawing(_abstention_data, _abstention_plot, trainings=_abstention_trainings)
 )

@@ -25,7 +25,6 @@ from robbench.figures import (
     canvas,
     checked,
     drawings,
-    no_cells,
 )
 from robbench.figures.planes import DIGITS, Line, Positive, lines_of, panels_of, plain
 from robbench.figures.styles import GREY, SMALL
@@ -139,4 +138,4 @@ def _space(row: Mapping[str, Any]) -> NDArray[np.float64]:
     return np.array([float(row[axis]) for axis in "xyz"])
 
 
-drawings.add("max-mahalanobis-centres", Drawing(no_cells, _centres_data, _centres_plot))
+drawings.add("max-mahalanobis-centres", Drawing(_centres_data, _centres_plot))

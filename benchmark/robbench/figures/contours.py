@@ -17,7 +17,6 @@ from robbench.figures import (
     canvas,
     checked,
     drawings,
-    no_cells,
 )
 from robbench.figures.planes import (
     CORNERS,
@@ -141,4 +140,4 @@ def _patch(colour: str) -> Any:
     return Patch(color=colour)
 
 
-drawings.add("loss-contours", Drawing(no_cells, _shells_data, _shells_plot))
+drawings.add("loss-contours", Drawing(_shells_data, _shells_plot))

@@ -170,7 +170,7 @@ def _drawing(
             rows.append(point.row(*sources.percent(point.fields)))
         return rows
 
-    return Drawing(bindings, data, plot)
+    return Drawing(data, plot, bindings)
 
 
 def _plot_over_eps(rows: Rows, arguments: Fields) -> Canvas:

@@ -21,7 +21,6 @@ from robbench.figures import (
     canvas,
     checked,
     drawings,
-    no_cells,
 )
 from robbench.figures.styles import SMALL, TEXT
 from robbench.papers.paper import Strict
@@ -198,4 +197,4 @@ def _on_grid(rows: Rows) -> tuple[Field2, Field2]:
     return u, np.array([float(row["y"]) for row in rows[:size]])
 
 
-drawings.add("convection-diffusion", Drawing(no_cells, _data, _plot))
+drawings.add("convection-diffusion", Drawing(_data, _plot))

@@ -20,7 +20,6 @@ from robbench.figures import (
     canvas,
     checked,
     drawings,
-    no_cells,
 )
 from robbench.figures.planes import CORNERS, Line, Positive, lines_of, marker, named, panels_of
 from robbench.figures.styles import SMALL, TEXT
@@ -142,4 +141,4 @@ def _domains_plot(rows: Rows, arguments: Fields) -> Canvas:
     return figure
 
 
-drawings.add("rce-domains", Drawing(no_cells, _domains_data, _domains_plot))
+drawings.add("rce-domains", Drawing(_domains_data, _domains_plot))

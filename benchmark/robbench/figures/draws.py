@@ -89,5 +89,5 @@ def _plot_grid(rows: Rows, arguments: Fields) -> Canvas:
 
 drawings.add(
     "members-by-draws",
-    Drawing(lambda arguments: list(_cells(arguments)), _grid_data, _plot_grid),
+    Drawing(_grid_data, _plot_grid, lambda arguments: list(_cells(arguments))),
 )

@@ -22,7 +22,6 @@ from robbench.figures import (
     canvas,
     checked,
     drawings,
-    no_cells,
 )
 from robbench.figures.styles import SMALL, TEXT
 from robbench.papers.cells import training_of
@@ -155,4 +154,4 @@ def _handle(style: Mapping[str, Any]) -> Any:
     return Line2D([], [], **style)
 
 
-drawings.add("tsne", Drawing(no_cells, _data, _plot, _trainings))
+drawings.add("tsne", Drawing(_data, _plot, trainings=_trainings))

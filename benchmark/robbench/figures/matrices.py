@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from robbench.errors import InputError
-from robbench.figures import COLUMN, Drawing, Rows, Sources, canvas, drawings
+from robbench.figures import COLUMN, Drawing, Fields, Rows, Sources, canvas, drawings
+from robbench.figures.styles import SMALL, TEXT
 from robbench.papers.derived import measured
 from robbench.papers.paper import Binding
 from robbench.registry import Spec
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 MEAN = "mean off the diagonal"
-Fields = Mapping[str, Any]
 
 
 def _panels(arguments: Fields) -> dict[str, Fields]:
@@ -139,14 +138,14 @@ def _plot(rows: Rows, arguments: Fields) -> Canvas:
     for axis, (title, own) in zip(axes.flat, of.items(), strict=True):
         shade = _matrix(axis, own)
         mean = f"\ntransfer {means[title]:.1f}" if title in means else ""
-        axis.set_title(f"{title}{mean}", fontsize=8)
+        axis.set_title(f"{title}{mean}", fontsize=TEXT)
         if axis is axes.flat[0] or per_line == 1:
-            axis.set_ylabel("crafted on", fontsize=8)
+            axis.set_ylabel("crafted on", fontsize=TEXT)
         if per_line == 1 or axis is axes[-1, per_line // 2]:
-            axis.set_xlabel("tested on (framed: white box)", fontsize=8)
+            axis.set_xlabel("tested on (framed: white box)", fontsize=TEXT)
     bar = made.colorbar(shade, ax=list(axes.flat), pad=0.02, aspect=30 if per_line == 1 else 12)
-    bar.set_label("accuracy (percent)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label("accuracy (percent)", fontsize=TEXT)
+    bar.ax.tick_params(labelsize=SMALL)
     return made
 
 
@@ -161,12 +160,14 @@ def _matrix(axis: Any, own: Rows) -> Any:
         line, column = names.index(row["source"]), names.index(row["target"])
         number = float(row["y"])
         color = "k" if number > 55 else "w"
-        axis.text(column, line, f"{number:.1f}", ha="center", va="center", color=color, fontsize=7)
+        axis.text(
+            column, line, f"{number:.1f}", ha="center", va="center", color=color, fontsize=SMALL
+        )
         if row["setting"] != "transfer":
             _frame(axis, column, line)
     labels = [name.removeprefix("member ") for name in names]
-    axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in labels], fontsize=7)
-    axis.set_yticks(range(len(names)), labels, fontsize=7)
+    axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in labels], fontsize=SMALL)
+    axis.set_yticks(range(len(names)), labels, fontsize=SMALL)
     return shade
 
 
@@ -178,4 +179,4 @@ def _frame(axis: Any, column: int, line: int) -> None:
         axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=color, linewidth=width))
 
 
-drawings.add("transfer-matrix", Drawing(_bindings, _data, _plot))
+drawings.add("transfer-matrix", Drawing(_data, _plot, _bindings))

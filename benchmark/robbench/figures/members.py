@@ -21,9 +21,9 @@ from robbench.figures import (
     Sources,
     canvas,
     drawings,
-    no_cells,
 )
 from robbench.figures.images import brief, chosen, close_up, picture, pixels, show
+from robbench.figures.styles import SMALL, TEXT
 from robbench.metrics.diversity import discrimination, gradient_angles
 from robbench.metrics.gradcam import centre, centre_distance, grad_cam
 from robbench.papers.cells import training_of
@@ -162,12 +162,12 @@ def _cam_plot(rows: Rows, arguments: Fields) -> Canvas:
     )
     close_up(made, axes)
     show(axes[0, 0], picture(image))
-    axes[0, 0].set_title(brief(image["label"]), fontsize=7, pad=3)
+    axes[0, 0].set_title(brief(image["label"]), fontsize=SMALL, pad=3)
     for line, title in enumerate(methods):
         own = [row for row in members if row["method"] == title]
         for column, row in enumerate(own, 1):
             if line == 0:
-                axes[0, column].set_title(f"member {column}", fontsize=7, pad=3)
+                axes[0, column].set_title(f"member {column}", fontsize=SMALL, pad=3)
             _heat(axes[line, column], below, row)
         every = [float(r["y"]) for r in rows if r["kind"] == "distance" and r["method"] == title]
         text = f"centres {float(own[0]['distance']):.1f} px apart"
@@ -176,8 +176,8 @@ def _cam_plot(rows: Rows, arguments: Fields) -> Canvas:
         # below all members: its width must not move them, and a blank keeps its line free
         place = {"fontsize": 7, "va": "top", "transform": axes[line, 1].transAxes}
         axes[line, 1].text(0, -0.05, text, **place).set_in_layout(False)
-        axes[line, 1].set_xlabel(" ", fontsize=7, labelpad=2)
-        axes[line, 1].set_ylabel(title, fontsize=8, labelpad=2)
+        axes[line, 1].set_xlabel(" ", fontsize=SMALL, labelpad=2)
+        axes[line, 1].set_ylabel(title, fontsize=TEXT, labelpad=2)
     return made
 
 
@@ -264,17 +264,17 @@ def _box_plot(rows: Rows, arguments: Fields) -> Canvas:
     for box, color in zip(boxes["boxes"], PALETTE * 2, strict=False):
         box.set(facecolor=color, alpha=0.6, linewidth=0.8)
     axis.set_xticks(range(1, len(found) + 1), list(found), fontsize=7.5)
-    axis.set_ylabel(QUANTITIES[arguments["quantity"]], fontsize=8)
+    axis.set_ylabel(QUANTITIES[arguments["quantity"]], fontsize=TEXT)
     if arguments.get("log"):
         axis.set_yscale("log")
-    axis.tick_params(axis="y", labelsize=8)
+    axis.tick_params(axis="y", labelsize=TEXT)
     axis.grid(axis="y", linewidth=0.4, color="0.85")
     axis.set_axisbelow(True)
     n, right = next((row["n"], int(row["right"])) for row in rows if row["kind"] == "summary")
     who = "every method answers" if right == len(found) else f"{right} methods answer"
-    axis.set_title(f"{n} images that {who} rightly", fontsize=8)
+    axis.set_title(f"{n} images that {who} rightly", fontsize=TEXT)
     return made
 
 
-drawings.add("grad-cam-members", Drawing(no_cells, _cam_data, _cam_plot, _trainings))
-drawings.add("member-boxes", Drawing(no_cells, _box_data, _box_plot, _trainings))
+drawings.add("grad-cam-members", Drawing(_cam_data, _cam_plot, trainings=_trainings))
+drawings.add("member-boxes", Drawing(_box_data, _box_plot, trainings=_trainings))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robbench.cell import Cell
-from robbench.figures import COLUMN, Drawing, Fields, Rows, Sources, canvas, drawings, no_cells
+from robbench.figures import COLUMN, Drawing, Fields, Rows, Sources, canvas, drawings
 from robbench.figures.images import (
     NONE,
     RIGHT,
@@ -24,6 +24,7 @@ from robbench.figures.images import (
     pixels,
     show,
 )
+from robbench.figures.styles import SMALL
 from robbench.papers.cells import cell_of
 from robbench.papers.paper import Binding
 from robbench.papers.reproduction import Reproduction
@@ -122,9 +123,9 @@ def _panel_plot(rows: Rows, arguments: Fields) -> Canvas:
         axis = axes[line, column]
         show(axis, picture(row))
         if line == 0:
-            axis.set_title(row["column"], fontsize=7, pad=3)
+            axis.set_title(row["column"], fontsize=SMALL, pad=3)
         if column == 0:
-            axis.set_xlabel(brief(row["label"]), fontsize=7, labelpad=2)
+            axis.set_xlabel(brief(row["label"]), fontsize=SMALL, labelpad=2)
             continue
         _say(axis, row, "\n" if columns > 3 else " ")
         if differs:
@@ -133,9 +134,9 @@ def _panel_plot(rows: Rows, arguments: Fields) -> Canvas:
             length = f"{SHORT[row['norm']]} {float(row['distance']):.2g}"
             gain = f"× {float(row['gain']):.3g}" if line + step == lines else ""
             text = f"{gain}, {length}" if beside else f"{length}\n{gain}".strip()
-            other.set_xlabel(text, fontsize=7, labelpad=2)
+            other.set_xlabel(text, fontsize=SMALL, labelpad=2)
             if beside and line == 0:
-                other.set_title("difference", fontsize=7, pad=3)
+                other.set_title("difference", fontsize=SMALL, pad=3)
             elif not beside and column == 1:
                 middle = {"ha": "center", "va": "center", "fontsize": 7}
                 left = axes[line + 1, 0]
@@ -149,9 +150,7 @@ def _say(axis: Any, row: Mapping[str, Any], between: str) -> None:
     share = f"{100 * float(row['confidence']):.0f} %" if row["prediction"] != NONE else ""
     text = f"{brief(row['prediction'])}{between}{share}".strip()
     color, weight = (RIGHT, "normal") if right else (WRONG, "bold")
-    axis.set_xlabel(text, fontsize=7, labelpad=2, color=color, weight=weight)
+    axis.set_xlabel(text, fontsize=SMALL, labelpad=2, color=color, weight=weight)
 
 
-drawings.add(
-    "adversarial-panels", Drawing(no_cells, _panel_data, _panel_plot, attacks=_panel_cells)
-)
+drawings.add("adversarial-panels", Drawing(_panel_data, _panel_plot, attacks=_panel_cells))

@@ -24,7 +24,6 @@ from robbench.figures import (
     canvas,
     checked,
     drawings,
-    no_cells,
 )
 from robbench.figures.planes import DIGITS, Positive, marker, plain
 from robbench.figures.styles import DASHES, GREY, SMALL
@@ -268,4 +267,4 @@ def _ended(axis: Any, rows: Rows) -> None:
         axis.plot(*spots["centre"].T, "X", color="black", markerfacecolor="white", markersize=6)
 
 
-drawings.add("mmc-toy", Drawing(no_cells, _toy_data, _toy_plot))
+drawings.add("mmc-toy", Drawing(_toy_data, _toy_plot))

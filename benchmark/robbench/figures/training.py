@@ -12,7 +12,7 @@ from robbench.checkpoints import recipe_of
 from robbench.datasets import Dataset
 from robbench.defense import resolve
 from robbench.errors import InputError
-from robbench.figures import Drawing, Fields, Rows, Sources, checked, drawings, no_cells
+from robbench.figures import Drawing, Fields, Rows, Sources, checked, drawings
 from robbench.figures.styles import DASHES, GREY, TEXT, Styles, curves_of, epochs, floats, stacked
 from robbench.figures.watching import accuracies, watch
 from robbench.papers.cells import training_of
@@ -181,4 +181,4 @@ def _parts() -> dict[str, Any]:
     }
 
 
-drawings.add("training-curves", Drawing(no_cells, _curves_data, _plot_curves, _learners))
+drawings.add("training-curves", Drawing(_curves_data, _plot_curves, trainings=_learners))

@@ -9,7 +9,7 @@ from torch import nn
 
 from robbench.datasets import Dataset
 from robbench.defense import resolve
-from robbench.figures import Drawing, Fields, Rows, Sources, checked, drawings, no_cells
+from robbench.figures import Drawing, Fields, Rows, Sources, checked, drawings
 from robbench.figures.styles import (
     PUBLISHED,
     TEXT,
@@ -132,4 +132,4 @@ def _plot_looks(rows: Rows, arguments: Fields) -> Canvas:
     return figure
 
 
-drawings.add("variance-while-training", Drawing(no_cells, _looks_data, _plot_looks, _watched_runs))
+drawings.add("variance-while-training", Drawing(_looks_data, _plot_looks, trainings=_watched_runs))

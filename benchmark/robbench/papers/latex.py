@@ -15,7 +15,7 @@ from robbench.papers.claims import Judged
 from robbench.papers.paper import Paper
 from robbench.papers.reproduction import Line
 from robbench.papers.wording import (
-    BRIEF,
+    HEADS,
     SCALED,
     brief,
     described,
@@ -65,7 +65,7 @@ def latex_table(
         f" {scale}: {SCALED[scale]}; published by"
     )
     below = [*(f"{mark} {text}" for text, mark in marks.items()), *notes]
-    return _floats(paper, name, BRIEF, (0.21, 0.11, 0.2, 0.18, 0.24), groups, caption, below)
+    return _floats(paper, name, HEADS, (0.21, 0.11, 0.2, 0.18, 0.24), groups, caption, below)
 
 
 def latex_claims(paper: Paper, judged: Sequence[Judged], scale: str) -> str:

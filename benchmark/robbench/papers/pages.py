@@ -13,7 +13,6 @@ from robbench.papers.claims import Judged
 from robbench.papers.paper import Figure, Paper, Table
 from robbench.papers.reproduction import Line
 from robbench.papers.wording import (
-    BRIEF,
     HEADS,
     MADE,
     SCALED,
@@ -31,6 +30,7 @@ from robbench.papers.wording import (
 )
 from robbench.tables import tabulated
 
+SHOWN = ["published", "measured (95 %)", "strongest (95 %)", "verdict"]
 WIDTHS = [14, 9, 17, 19, 13]  # of a table for 80 columns: no badge is broken inside a word
 
 
@@ -42,11 +42,11 @@ def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str
     if not table.columns:
         parts += [textwrap.fill(" · ".join(map(str, row.labels)), 80) for row in table.rows]
     rows = [brief(line, marks) for line in lines]
-    widths = _widths([BRIEF, *rows])
+    widths = _widths([HEADS, *rows])
     for title, group in groupby(zip(lines, rows, strict=True), lambda pair: label(pair[0])):
         row, body = zip(*group, strict=True)
         parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(row))]
-        parts.append(tabulate(body, BRIEF, "plain", disable_numparse=True, maxcolwidths=widths))
+        parts.append(tabulate(body, HEADS, "plain", disable_numparse=True, maxcolwidths=widths))
     parts += [_note(text, mark) for text, mark in marks.items()]
     return "\n".join([*parts, *map(_note, notes)])
 
@@ -74,7 +74,8 @@ def markdown_table(name: str, table: Table, lines: Sequence[Line], notes: Sequen
             [label(line), line.number.column, *values(line), *stated([line]), _attacked(line)]
             for line in lines
         ]
-        grid = tabulated(body, [", ".join(table.heads), "column", *HEADS[1:], *MADE, "attack"])
+        heads = [", ".join(table.heads), "column", *SHOWN, *MADE, "attack"]
+        grid = tabulated(body, heads)
     else:  # nothing but words
         grid = tabulated([list(row.labels) for row in table.rows], list(table.heads))
     taken = f" Attacks took {_attacks(lines)} of one core." if table.columns else ""

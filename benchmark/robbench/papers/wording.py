@@ -16,8 +16,7 @@ SCALED = {
     " other images than the paper's",
     "paper": "the paper's own data sets, networks and epochs",
 }
-HEADS = ["", "published", "measured (95 %)", "strongest (95 %)", "verdict"]
-BRIEF = ["", "published", "measured", "strongest", "verdict"]
+HEADS = ["", "published", "measured", "strongest", "verdict"]
 MADE = ["dataset", "networks", "n", "epochs"]
 RULES = {
     "near": "the published value lies in the interval",
