@@ -17,7 +17,7 @@ from robbench.errors import InputError
 from robbench.metrics import metrics
 from robbench.metrics.abstention import abstention, costs, detection, operating, risk_coverage
 from robbench.metrics.detection import threshold
-from robbench.records import Record
+from robbench.records import COSTS, Record
 from robbench.threat import Threat
 
 
@@ -43,6 +43,7 @@ def record(ok, err, clean_ok, clean_err, draws=1, **scores):
         cell=cell,
         draws=draws,
         distance=np.zeros(len(ok), dtype=np.float32),
+        cost=dict.fromkeys(COSTS, 1.0),
         **{name: np.array(values, dtype=np.uint8) for name, values in counts.items()},
         **{name: np.array(values, dtype=np.float32) for name, values in scores.items()},
     )

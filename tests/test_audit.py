@@ -17,7 +17,7 @@ from robbench.audit.flags import VERDICTS, enough
 from robbench.audit.planning import plan, probe_of
 from robbench.audit.verdicts import number
 from robbench.cell import Cell, Setting
-from robbench.records import Record
+from robbench.records import COSTS, Record
 from robbench.threat import Threat
 
 N = 100
@@ -67,7 +67,7 @@ def record(
     refused: those without an answer under attack; wrong: on clean images; silent: without an answer
     on clean images. seen: the provenance.
     """
-    cost = {"queries": of.pop("queries", 21.0), "seconds": 1.0}
+    cost = {**dict.fromkeys(COSTS, 1.0), "queries": of.pop("queries", 21.0)}
     draws = of.pop("draws", 20 if of.get("defense") in RANDOM else 1)
     made = cell(**of)
     n = made.n
@@ -679,7 +679,7 @@ def test_thorough_evidence_is_found_by_the_checks_that_want_it(digits):
     for each in plan("standard", digits, depth="thorough", n=N):
         blank = np.zeros(each.n, dtype=np.uint8)
         outcome = {"ok": blank + 1, "err": blank, "clean_ok": blank + 1, "clean_err": blank}
-        distance, cost = blank.astype(np.float32), {"queries": 1.0}
+        distance, cost = blank.astype(np.float32), dict.fromkeys(COSTS, 1.0)
         trace = {"usable": blank + 1, "found": blank + 1}
         made.append(
             Record(id=each.id, cell=each, distance=distance, cost=cost, trace=trace, **outcome)

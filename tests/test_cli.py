@@ -607,6 +607,9 @@ def test_findings_without_a_place_for_them_are_one_line_and_stay(robbench, folde
     assert_one_line(robbench(*arguments, page), BEGIN, END)
     assert page.read_text() == "no marks\n"
     assert_one_line(robbench(*arguments, folder / "none.md"), "none.md", "does not exist")
+    page.write_bytes(b"\x89PNG")
+    assert_one_line(robbench(*arguments, page), "findings.md is no page in UTF-8")
+    assert page.read_bytes() == b"\x89PNG"
 
 
 def test_a_full_disk_leaves_the_old_findings_whole(robbench, folder, monkeypatch):

@@ -19,10 +19,11 @@ from robbench.compare import compare
 from robbench.defense import with_preset
 from robbench.errors import InputError
 from robbench.metrics import metrics
-from robbench.records import Record, Store
+from robbench.records import COSTS, Record, Store
 from robbench.threat import Threat
 
 WHITEBOX, ADAPTIVE = Setting(kind="whitebox"), Setting(kind="adaptive", eot=20)
+COST = dict.fromkeys(COSTS, 1.0)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def store(tmp_path):
     return Store(tmp_path)
 
 
-def record(defense="standard", right=(1, 1, 0, 0), draws=1, subset="s", **changes):
+def record(defense="standard", right=(1, 1, 0, 0), draws=1, subset="s", cost=COST, **changes):
     """A record whose images are right in `right` of the draws."""
     right = np.array(right, dtype=np.uint8)
     fields = {
@@ -54,6 +55,7 @@ def record(defense="standard", right=(1, 1, 0, 0), draws=1, subset="s", **change
         clean_ok=right,
         clean_err=wrong,
         distance=np.zeros(len(right), dtype=np.float32),
+        cost=cost,
         provenance={"subset_hash": subset},
     )
 
@@ -144,20 +146,15 @@ def test_an_accuracy_stands_above_the_interval_of_its_leaderboard(store, a):
         (((40, 0), (50, 31)), "Budget: in 1 of 1 rows one side met more than 2 times the passes"),
         (((50, 31), (40, 0)), "Budget: in 1 of 1 rows one side met more than 2 times the passes"),
         (((40, 0), (50, 30)), None),  # just twice
-        (((40, 0), None), None),
     ],
 )
 def test_a_side_that_met_more_than_twice_the_effort_is_named_below_the_table(store, efforts, said):
     paths = [
-        store.put(
-            record(name).model_copy(
-                update={"cost": dict(zip(("forwards", "backwards"), cost or (), strict=False))}
-            )
-        )
-        for name, cost in zip(("standard", "pgd-at"), efforts, strict=True)
+        store.put(record(name, cost={**COST, "forwards": forwards, "backwards": backwards}))
+        for name, (forwards, backwards) in zip(("standard", "pgd-at"), efforts, strict=True)
     ]
     text = compare(*map(str, paths), "digits", store.root)
-    assert rows(text)[0][-1] == ["n.a." if cost is None else str(sum(cost)) for cost in efforts]
+    assert rows(text)[0][-1] == [str(sum(cost)) for cost in efforts]
     assert text.splitlines()[-1].startswith(said) if said else "Budget" not in text
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from robbench import registry
+from robbench import figures, registry
 from robbench.cli import main
 from robbench.contributions import collect, problems
 from robbench.contributions.beside import _remade
@@ -260,12 +260,22 @@ PLANTED = {
     ),
     "best": (with_array("pgd", best=edited("best", lambda r: r.ok == 1, 0)), "best does not fit"),
     "draws": (with_array("pgd", draws=lambda record: 20), "20 scoring draws"),
-    "cost": (with_array("pgd", cost=lambda record: {"forwards": 1.0}), "cost is not complete"),
+    "cost": (with_array("pgd", cost=lambda record: {"forwards": 1.0}), "cost has forwards, not"),
+    "no cost": (with_array("pgd", cost=lambda record: {}), "cost has nothing, not"),
     "negative cost": (
         with_array("pgd", cost=lambda record: {**record.cost, "seconds": -1.0}), "seconds: Input"
     ),
     "no subset": (with_provenance(subset_hash=None), "subset_hash: Field required"),
     "no weights": (with_provenance(weights=None), "weights or oracle_weights is missing"),
+    "draws of no dict": (with_provenance(eot=20), "eot: Input should be"),
+    "no number of draws": (with_provenance(eot={"chosen": "5"}), "eot.chosen: Input should be"),
+    "changed": (with_provenance(changed=3), "changed: Input should be"),
+    "probe": (with_provenance(probe={"paths": {}}), "probe.paths.judge: Field required"),
+    "stages": (with_provenance(suite=["fgsm"]), "not that of a suite of 1 stages"),
+    "draws of a failed cell": (
+        with_array("pgd", status=lambda record: "failed", reason=lambda record: "?",
+                   provenance=lambda record: {"eot": 20}), "eot: Input should be"
+    ),
     "no version of torch": (with_provenance(versions={"numpy": "2"}), "versions lacks torch"),
     "weights": (with_provenance(weights=[OTHER]), "its weights are not those in"),
     "two weights": (with_provenance(weights=[OTHER] * 2), "2 weights for 1 checkpoints"),
@@ -351,7 +361,7 @@ def test_the_committed_records_have_no_problem():
 
 def test_check_names_everything_that_is_wrong(robbench, folder):
     assert robbench("leaderboard", "--check", "--out", folder)[0] == 0
-    forged(folder, "single-pixel", cost={"forwards": 1.0})  # no page can be made of it
+    forged(folder, "single-pixel", provenance={"eot": 20})  # no page can be made of it
     for attack in ("pgd", "fgsm"):
         record_of(folder, attack)[0].write_text("{")
     damaged_checkpoint(folder)
@@ -435,6 +445,18 @@ def without(name):
     return lambda folder: (folder / name).unlink()
 
 
+def of_other_data(kind):
+    """A plot that the data beside it was not drawn to."""
+
+    def plant(folder):
+        data, elsewhere = folder / FIGURE, folder.parent / "other.csv"
+        elsewhere.write_text("x,y\n1,2\n")
+        figures.save(figures.canvas()[0], elsewhere)
+        elsewhere.with_suffix(f".{kind}").rename(data.with_suffix(f".{kind}"))
+
+    return plant
+
+
 def stray(name):
     def plant(folder):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -466,9 +488,11 @@ PAPERS = {
     "csv without a table": (with_text(FIGURE, lambda text: ""), "not as it was written"),
     "csv of nothing": (without(FIGURE.replace("csv", "json")), "fig_mmd.smoke.json is missing"),
     "csv of something": (stray(FIGURE.replace("csv", "json")), "fig_mmd.smoke.json is broken"),
-    "no csv": (without(FIGURE), "fig_mmd.smoke.csv: it is missing"),
+    "no csv": (without(FIGURE), "fig_mmd.smoke.csv is stale, it is missing"),
     "png cut": (with_bytes(FIGURE.replace("csv", "png"), lambda data: data[:-50]), "it is no PNG"),
     "svg cut": (with_bytes(FIGURE.replace("csv", "svg"), lambda data: data[:-50]), "it is no SVG"),
+    "png of other data": (of_other_data("png"), "png: it was not drawn from fig_mmd.smoke.csv"),
+    "svg of other data": (of_other_data("svg"), "svg: it was not drawn from fig_mmd.smoke.csv"),
     "no svg": (without(FIGURE.replace("csv", "svg")), "fig_mmd.smoke.svg: it is missing"),
     "board of nothing": (stray("cifar10.md"), "cifar10.md: nothing here writes it"),
     "costs of nobody": (stray("papers/nope.cpu.costs.json"), "nothing here writes it"),

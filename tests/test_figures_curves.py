@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 from torch import nn
 
 from robbench import datasets, figures
@@ -86,7 +87,7 @@ LOOKS = {
             "defense": "sdr-learnable",
             "panel": "MLP",
             "variance": "variance, MLP",
-            "published": {1: 18.0, 2: 14.0},
+            "published": [14.0, 18.0],
             "attacked": {"eps": 0.2, "n": 40},
             "attacked_name": "FGSM accuracy",
         }
@@ -235,6 +236,13 @@ def test_watching_changes_nothing_and_sees_every_epoch(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.json")] == [f"{key}.json"]
 
 
+def test_a_base_that_is_trained_within_is_not_looked_at() -> None:
+    seen: list[int] = []
+    spec = f"standard({MLP}, base='standard({MLP})')"
+    watch(spec, SMALL, 0, CPU, [], lambda epoch, members: seen.append(epoch))
+    assert seen == [0, 1, 2]
+
+
 def test_what_is_watched_has_the_accuracy_of_the_checkpoint(tmp_path: Path) -> None:
     """Without randomness the look after an epoch and the curve of training are the same number."""
     spec = f"standard({MLP})"
@@ -293,7 +301,8 @@ def test_training_curves_are_those_of_the_checkpoints(sources: figures.Sources) 
         each = [p["validation_accuracy"] for p in curve if p["epoch"] == row["x"] - 1]
         assert len(each) == 3  # members one after the other
         assert row["y"] == pytest.approx(100 * np.mean(each))
-        assert (row["low"], row["high"]) == (100 * min(each), 100 * max(each))
+        bounds = ttest_1samp(each, 0).confidence_interval(0.95)
+        assert (row["low"], row["high"]) == pytest.approx([100 * bound for bound in bounds])
     assert rows == rows_of("training-curves", CURVES, sources)
 
 
@@ -313,7 +322,8 @@ def test_variance_while_training(sources: figures.Sources) -> None:
     found = by_series(rows_of("variance-while-training", LOOKS, sources))
     assert [row["x"] for row in found["variance, MLP"]] == [0, 1, 2]
     assert [row["x"] for row in found["FGSM accuracy"]] == [1, 2]
-    assert [row["y"] for row in found["variance, MLP (published)"]] == [18.0, 14.0]
+    (printed,) = found["variance, MLP (published)"]  # a range, of no epoch
+    assert [printed[key] for key in ("x", "y", "low", "high")] == ["", "", 14.0, 18.0]
     for row in (*found["clean accuracy"], *found["FGSM accuracy"]):
         assert 0 <= row["low"] <= row["y"] <= row["high"] <= 100
     assert found == by_series(rows_of("variance-while-training", LOOKS, sources))
@@ -335,14 +345,15 @@ def plotted(tmp_path: Path, sources: figures.Sources) -> Callable[[str], Any]:
     def plot(name: str) -> Any:
         trains = name in ("training-curves", "variance-while-training")
         rows = rows_of(name, EXAMPLES[name], sources if trains else None)
-        figures.write(tmp_path / "f.csv", rows)
-        read = figures.read(tmp_path / "f.csv")
-        made = [figures.drawings.get(name).plot(read, EXAMPLES[name]) for _ in range(2)]
-        drawn = [
-            [file.read_bytes() for file in figures.save(each, tmp_path / f"{index}")]
-            for index, each in enumerate(made)
-        ]
-        return made[0], read, drawn
+        data = tmp_path / "f.csv"
+        figures.write(data, rows)
+        read = figures.read(data)
+        drawn = []
+        for _ in range(2):
+            made = figures.drawings.get(name).plot(read, EXAMPLES[name])
+            figures.save(made, data)
+            drawn.append([file.read_bytes() for file in figures.plots_of(data)])
+        return made, read, drawn
 
     return plot
 
@@ -361,10 +372,27 @@ def test_every_series_is_in_the_plot(name: str, plotted: Callable[[str], Any]) -
     canvas, read, _ = plotted(name)
     panels = [axis for axis in canvas.axes if axis.lines]
     lines = [np.asarray(line.get_xydata()) for axis in panels for line in axis.lines]
-    for series in by_series(read).values():
+    for series in by_series([row for row in read if row["x"] != ""]).values():
         points = np.array([[float(row["x"]), float(row["y"])] for row in series])
         assert any(line.shape == points.shape and np.allclose(line, points) for line in lines)
     assert all(axis.get_ylabel() for axis in panels) and panels[-1].get_xlabel()
+
+
+def test_a_legend_tells_what_was_published_from_what_is_quoted(
+    plotted: Callable[[str], Any],
+) -> None:
+    canvas, _, _ = plotted("accuracy-over-eps")
+    labels = {text.get_text() for legend in canvas.legends for text in legend.get_texts()}
+    assert labels == {"A", "B", "D", "C (quoted)", "published"}
+
+
+def test_a_published_range_is_a_band_and_every_panel_says_what_it_is(
+    plotted: Callable[[str], Any],
+) -> None:
+    canvas, _, _ = plotted("variance-while-training")
+    (band,) = canvas.axes[0].patches
+    assert (band.get_y(), band.get_height()) == (14.0, 4.0)
+    assert [axis.get_title() for axis in canvas.axes] == ["MLP", "MLP"]
 
 
 def test_ticks_that_would_run_into_each_other_have_one_label() -> None:

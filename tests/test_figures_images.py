@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ ARGUMENTS = {
         "labels": ["7"],
         "pool": 20,
     },
-    "abstentions": {"dataset": "imagenet", "defense": "ito", "images": 3, "pool": 30},
+    "abstentions": {"dataset": "imagenet", "defense": "ito", "images": 3},
     "grad-cam-members": {
         "dataset": "cifar10",
         "methods": {"A": "ensemble", "B": "adp(beta=0)"},
@@ -209,14 +211,39 @@ def test_the_original_is_what_was_fine_tuned():
         original_of("ensemble")
 
 
-def test_abstentions_come_first(rows):
+def test_every_image_shown_has_no_answer(rows):
     found = rows("abstentions")
-    silent = [row["prediction"] == NONE for row in found]
-    assert silent == sorted(silent, reverse=True)
-    assert any(silent) == (found[0]["abstained"] > 0)
+    assert len(found) == 3
     for row in found:
-        assert row["share1"] >= row["share2"] >= row["share3"] >= 0
-        assert (row["share1"] > 0.5) == (row["prediction"] != NONE)
+        assert row["prediction"] == NONE and 3 <= row["abstained"] <= row["n"] <= 500
+        assert 0.5 >= row["share1"] >= row["share2"] >= row["share3"] >= 0
+
+
+@pytest.mark.parametrize(("enough", "shown", "n"), [(4, 4, 10), (6, 6, 500), (9, 6, 500)])
+def test_images_are_looked_at_until_enough_have_no_answer(sources, monkeypatch, enough, shown, n):
+    """Where the test split has fewer, all of them are shown."""
+    silent = {2, 3, 5, 9, 20, 499}
+    monkeypatch.setattr("robbench.figures.abstentions.LOOK", 5)
+    places = itertools.count()
+
+    def counted(deployed, x, seed):
+        label = [ABSTAIN if place in silent else 0 for _, place in zip(x, places, strict=False)]
+        return torch.tensor(label), torch.full((len(x), 10), 0.1, dtype=torch.float64)
+
+    monkeypatch.setattr("robbench.figures.abstentions.ballots", counted)
+    arguments = {**ARGUMENTS["abstentions"], "images": enough}
+    found = figures.drawings.get("abstentions").data(sources, arguments)
+    assert (len(found), found[0]["n"]) == (shown, n)
+    ids = sources.dataset("imagenet").subset(n).ids
+    assert {row["id"] for row in found} <= {ids[i] for i in silent if i < n}
+    assert found[0]["abstained"] == sum(i < n for i in silent)
+
+
+def test_a_defense_that_answers_to_all_images_has_no_such_picture(sources, monkeypatch):
+    answered = lambda deployed, x, seed: (torch.zeros(len(x)), None)  # noqa: E731
+    monkeypatch.setattr("robbench.figures.abstentions.ballots", answered)
+    with pytest.raises(InputError, match="answers to all of the 500 test images"):
+        figures.drawings.get("abstentions").data(sources, ARGUMENTS["abstentions"])
 
 
 def test_panels_show_what_was_added(rows):
@@ -336,13 +363,12 @@ def test_data_is_the_same_again(sources, rows, name):
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_plot_needs_its_csv_alone(rows, tmp_path, name):
     pytest.importorskip("matplotlib")
-    figures.write(tmp_path / "a.csv", rows(name))
-    read = figures.read(tmp_path / "a.csv")
-    plot = figures.drawings.get(name).plot
-    texts = [
-        figures.save(plot(read, ARGUMENTS[name]), tmp_path / stem)[0].read_bytes()
-        for stem in ("a", "b")
-    ]
+    data, texts = tmp_path / "a.csv", []
+    figures.write(data, rows(name))
+    read = figures.read(data)
+    for _ in range(2):
+        figures.save(figures.drawings.get(name).plot(read, ARGUMENTS[name]), data)
+        texts.append(figures.plots_of(data)[0].read_bytes())
     assert texts[0] == texts[1]
     assert texts[0].startswith(b"<?xml")
 

@@ -11,7 +11,7 @@ from robbench.audit import CHECKS, Audited, Flag
 from robbench.cell import Cell, Setting
 from robbench.defense import with_preset
 from robbench.errors import InputError
-from robbench.findings import BEGIN, END, claims, page
+from robbench.findings import BEGIN, END, on_trial, page
 from robbench.records import Record
 from robbench.threat import Threat
 
@@ -21,7 +21,7 @@ OLD = f"# Findings\n\nBefore.\n\n{BEGIN}\nold tables\n{END}\n\nAfter, and {END} 
 
 def attack_of(defense):
     """The attack of the first claim on a defense."""
-    return next(finding.attack for finding in claims() if finding.defense == defense)
+    return next(finding.attack for finding in on_trial() if finding.defense == defense)
 
 
 MMC = attack_of("mmc")
@@ -77,7 +77,7 @@ def tried(*records, defense="mmc"):
 # ------------------------------------------------------------------------------------ the claims
 
 
-@pytest.mark.parametrize("finding", claims(), ids=lambda each: f"{each.defense} {each.attack}")
+@pytest.mark.parametrize("finding", on_trial(), ids=lambda each: f"{each.defense} {each.attack}")
 def test_a_claim_names_a_defense_an_attack_within_its_norm_and_checks_that_exist(finding):
     for defense in filter(None, (finding.defense, finding.measured)):
         with_preset(defense, "quick", "digits")
@@ -87,8 +87,8 @@ def test_a_claim_names_a_defense_an_attack_within_its_norm_and_checks_that_exist
 
 
 def test_every_paper_is_on_trial_and_no_claim_twice():
-    assert {each.paper for each in claims()} == {f"00{number}" for number in range(5)}
-    assert len({(each.defense, each.attack) for each in claims()}) == len(claims())
+    assert {each.paper for each in on_trial()} == {f"00{number}" for number in range(5)}
+    assert len({(each.defense, each.attack) for each in on_trial()}) == len(on_trial())
 
 
 def test_a_check_that_no_record_can_make_is_not_registered():
@@ -100,7 +100,7 @@ def test_a_check_that_no_record_can_make_is_not_registered():
 
 def test_without_records_nothing_was_measured():
     papers, defenses = tables()
-    assert len(papers) == len(claims()) and defenses == []
+    assert len(papers) == len(on_trial()) and defenses == []
     assert all(line[4:8] == ["", "not measured", "", ""] for line in papers)
 
 

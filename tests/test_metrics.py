@@ -15,7 +15,7 @@ from scipy import stats
 from robbench import statistics
 from robbench.cell import Cell, Setting
 from robbench.metrics import metrics, outcomes, persistent
-from robbench.records import Record
+from robbench.records import COSTS, Record
 from robbench.threat import Threat
 
 SHARES = (
@@ -44,8 +44,8 @@ def record(draws, ok, err, clean_ok, clean_err):
         setting=Setting(kind="whitebox"),
     )
     arrays = {name: np.array(values, dtype=np.uint8) for name, values in counts.items()}
-    distance = np.zeros(len(ok), dtype=np.float32)
-    return Record(id=cell.id, cell=cell, draws=draws, distance=distance, **arrays)
+    distance, cost = np.zeros(len(ok), dtype=np.float32), dict.fromkeys(COSTS, 1.0)
+    return Record(id=cell.id, cell=cell, draws=draws, distance=distance, cost=cost, **arrays)
 
 
 @st.composite

@@ -34,6 +34,8 @@ BROKEN = {
     "no draws": lambda data: data | {"draws": 0},
     "more counts than draws": lambda data: data | {"draws": 3},
     "too few images": lambda data: with_array(data, shape=[2], raw=b"\1\1"),
+    "no cost": lambda data: data | {"cost": {}},
+    "a cost less than nothing": lambda data: data | {"cost": data["cost"] | {"seconds": -1.0}},
     "float counts": lambda data: with_array(data, dtype="<f4", raw=b"\0" * 12),
     "objects": lambda data: with_array(data, dtype="|O"),
     "structured": lambda data: with_array(data, dtype="<i4,<i4"),

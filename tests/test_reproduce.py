@@ -21,20 +21,23 @@ from sklearn.metrics import roc_auc_score
 from robbench import figures, statistics
 from robbench.audit import CHECKS, Audited, Flag
 from robbench.cell import Cell, Setting
-from robbench.checkpoints import Shelf
+from robbench.checkpoints import Shelf, key_of
 from robbench.cli import main
 from robbench.datasets import load as dataset
+from robbench.datasets.dataset import first
+from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.executors import measure as measure_cells
 from robbench.metrics import Measure
 from robbench.metrics.diversity import entropy_measure
+from robbench.metrics.uncertainty import variability
 from robbench.papers import cells, claims, costs, derived, estimate, latex, ledger, load, wording
 from robbench.papers.inputs import inputs_on
 from robbench.papers.paper import Binding, Claim, Scale, keys
 from robbench.papers.reproduction import Known
-from robbench.records import Record
-from robbench.rendering import page_files
-from robbench.reproducing import part_of
+from robbench.records import Record, Store
+from robbench.rendering import page_files, rendered
+from robbench.reproducing import loader, part_of
 from robbench.runner import Shared, Training
 from robbench.statistics import Interval
 from robbench.tasks import Passes, attack_passes, plan
@@ -131,7 +134,9 @@ def test_runs_have_the_mean_and_the_standard_deviation_of_their_accuracies(rando
     assert derived.value_of(bound("spread"), runs).value == pytest.approx(
         np.std(accuracies, ddof=1)
     )
-    assert derived.value_of(bound("mean-of-runs"), runs).value == pytest.approx(np.mean(accuracies))
+    found = derived.value_of(bound("mean-of-runs"), runs)
+    assert found.value == pytest.approx(np.mean(accuracies))
+    assert found == tuple(variability(runs, lambda run: run.ok / run.draws)[:2])
 
 
 def test_shares_of_images_are_complete(random):
@@ -214,6 +219,10 @@ CURVES = {
     "down": curve([3, 2, 1, 0], [0.1, 0.2, 0.4, 0.5]),
     "hill": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2]),
     "flat": curve([0, 1, 2, 3], [0.1, 0.1, 0.1, 0.1]),
+    "vague flat": curve([0, 1, 2, 3], [0.1, 0.1, 0.1, 0.1], half=0.5),
+    "gap": curve([0, 1, 2, 3], [0.1, 0.2, float("nan"), 0.5]),
+    "near": curve([1, 2, 4, 8], [0.5, 0.05, 0, 0], half=0.02),
+    "far": curve([1, 2, 4, 8], [0.5, 0.4, 0.3, 0.05], half=0.02),
     "sure": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2], half=0.05),
     "vague": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2], half=0.5),
     "sure climb": curve([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.5], half=0.1),
@@ -227,8 +236,6 @@ CURVES = {
     [
         ({"number": "a", "value": 52}, "yes"),
         ({"number": "a", "value": 60}, "no"),
-        ({"number": "a", "value": "<=60"}, "yes"),
-        ({"number": "a", "value": ">60"}, "no"),
         ({"number": "a", "value": "~56"}, "yes"),
         ({"number": "a", "value": "O(K^2)"}, "undecided"),
         ({"number": "a", "holds": "below:60"}, "yes"),
@@ -239,6 +246,15 @@ CURVES = {
         ({"differ": ["a", "a"], "holds": "zero:10"}, "yes"),
         ({"differ": ["a", "a"], "holds": "zero:1"}, "undecided"),
         ({"differ": ["a", "b"], "holds": "zero"}, "no"),
+        ({"differ": ["a", "b"], "holds": "zero:20"}, "undecided"),
+        ({"most": [["b", "a"], ["a", "b"], ["a", "a"]], "value": 22}, "yes"),
+        ({"most": [["b", "a"], ["a", "b"], ["a", "a"]], "value": 30}, "no"),
+        ({"least": [["b", "a"], ["a", "b"], ["a", "a"]], "value": -22}, "yes"),
+        ({"count": {"of": ["a", "b"], "below": 40}, "value": 1}, "yes"),
+        ({"count": {"of": ["a", "b"], "below": 50}, "value": 2}, "yes"),
+        ({"count": {"of": ["a", "b"], "below": 60}, "value": 1}, "no"),
+        ({"order": [[["a", "b"], "b"]]}, "yes"),
+        ({"order": [["a", ["a", "b"]]]}, "undecided"),
         ({"order": [["a", "b"]]}, "yes"),
         ({"order": [["b", "a"], ["a", "b"]]}, "no"),
         ({"order": [["a", "a"]]}, "undecided"),
@@ -257,6 +273,13 @@ CURVES = {
         ({"curve": {"figure": "f", "series": ["vague climb"]}, "holds": "falls"}, "undecided"),
         ({"curve": {"figure": "f", "series": ["sure", "flat"]}, "holds": "positive"}, "undecided"),
         ({"curve": {"figure": "f", "series": ["sure", "sure climb"]}, "holds": "zero"}, "yes"),
+        ({"curve": {"figure": "f", "series": ["vague flat"]}, "holds": "falls"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["gap"]}, "holds": "rises"}, "not defined here"),
+        ({"curve": {"figure": "f", "series": ["vague flat"]}, "holds": "below:0.2"}, "undecided"),
+        ({"curve": {"figure": "f", "series": ["sure"]}, "value": 0.35}, "yes"),
+        ({"curve": {"figure": "f", "series": ["sure"]}, "value": 0.5}, "no"),
+        ({"curve": {"figure": "f", "series": ["far", "near"], "left": 0.1}, "value": "~4"}, "yes"),
+        ({"curve": {"figure": "f", "series": ["far", "near"], "left": 0.1}, "value": 8}, "no"),
         ({"number": "a", "value": "~0.26 x 200"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up", "flat"]}, "holds": "widens"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up", "up"]}, "holds": "widens"}, "no"),
@@ -282,6 +305,26 @@ def test_a_difference_of_shares_is_as_wide_as_their_own_bounds():
     assert found.interval == pytest.approx((0.0524, 0.3339), abs=5e-5)
     few, none = statistics.proportion(15, 60), statistics.proportion(0, 12)
     assert claims.apart(measure(0.25, *few), measure(0, *none)).interval.low < 0
+
+
+def test_what_is_shown_is_what_is_judged():
+    series = {"figure": "f", "series": ["up", "hill"]}
+    found = judged({"curve": series, "holds": "widens"}, {})
+    assert found.measured == "from 0 over -0.1 to 0.3"
+    measures = {"a": measure(0.52, 0.49, 0.55), "b": measure(0.3, 0.27, 0.33)}
+    found = judged({"count": {"of": ["a", "b"], "below": 50}, "value": 1}, measures)
+    assert found.measured == "1 (1 to 2) of 2"
+    found = judged({"most": [["b", "a"], ["a", "b"]], "value": 22}, measures)
+    assert found.measured.startswith("+22 (+17.8 to +26.2) points")
+
+
+def test_a_limit_beyond_the_points_is_infinitely_far():
+    far, near, never = (CURVES[name] for name in ("far", "near", "up"))
+    assert claims._limit(far, 0.1) == measure(8, 8, 8)
+    assert claims._limit(far, 0.04) == measure(np.inf, 8, np.inf)
+    ratio = claims._ratio(claims._limit(never, 0), claims._limit(near, 0.1))
+    assert ratio.value == np.inf
+    assert np.isnan(claims._ratio(claims._limit(never, 0), claims._limit(never, 0)).value)
 
 
 def test_curves_at_other_places_are_not_compared():
@@ -313,7 +356,7 @@ def test_a_claim_without_a_measure_says_why():
 
 
 def test_a_claim_has_one_counterpart():
-    with pytest.raises(ValueError, match="one of number, bind, differ, order, curve and text"):
+    with pytest.raises(ValueError, match="one of number, bind, differ, most, least, order"):
         Claim(what="w", where="1", number="a", text="b")
 
 
@@ -445,6 +488,18 @@ def test_claims_that_nothing_was_measured_for_say_so(robbench, out):
         ({"order": [["a", "b"]]}, "more than 0"),
         ({"order": [["a", "b"], ["b", "c"]]}, "each of 2 pairs in this order, clearly"),
         ({"curve": {"figure": "f", "series": ["up"]}, "holds": "zero:3"}, "f: within ±3"),
+        (
+            {"most": [["a", "b"], ["b", "c"]], "value": 2},
+            "of the largest of 2 differences: the published value lies in the interval",
+        ),
+        (
+            {"count": {"of": ["a", "b"], "below": 50}, "value": 2},
+            "of how many are below 50: the published value lies in the interval",
+        ),
+        (
+            {"curve": {"figure": "f", "series": ["up", "down"], "left": 1}, "holds": "above:2"},
+            "f: of the first x where 1 or less is left, first over second: more than 2",
+        ),
         ({"text": "a setting"}, ""),
     ],
 )
@@ -474,6 +529,16 @@ def test_every_format_of_a_claim_has_its_rule_its_note_and_what_it_was_measured_
             assert (latex.escaped(each) if form == "latex" else each) in plain
     (cost,) = [row for row in rows if row["claim"] == "trained parameters of ResNet-18"]
     assert (cost["dataset"], cost["n"]) == ("digits", "") and cost["networks"]
+
+
+def test_a_page_and_what_is_printed_beside_it_judge_the_claims_once(tmp_path, monkeypatch):
+    part, known, asked = part_of("sdr", "smoke", tmp_path, dataset), Known.of([], 1), []
+    real = claims.judge
+    monkeypatch.setattr(claims, "judge", lambda *given: asked.append(given) or real(*given))
+    page_files(part, known), rendered(part, known, "json")
+    assert len(asked) == len(part.paper.claims)
+    part.judged(Known.of([], 1))  # of other records
+    assert len(asked) == 2 * len(part.paper.claims)
 
 
 def test_claims_are_a_file_beside_the_page(tmp_path):
@@ -559,7 +624,7 @@ def test_a_number_of_several_cells_states_all_of_them():
     other = made.model_copy(update={"dataset": "mnist", "n": 7})
     number = load("enresnet").numbers()[0]
     line = claims.Line(number, None, (made, other, made), None, "")
-    assert wording.stated([line])[::2] == ["digits; mnist", "1; 7"]
+    assert wording.stated(line.behind)[::2] == ["digits; mnist", "1; 7"]
 
 
 def test_an_estimate_runs_nothing(robbench, tmp_path):
@@ -594,6 +659,30 @@ def test_a_part_names_what_its_figures_deploy(tmp_path, what, needed):
     assert {each.defense.partition("(")[0] + "(" for each in found} == needed
 
 
+def test_the_time_of_trainings_has_that_of_oracles(tmp_path):
+    part = part_of("pdd:table4_type2", "smoke", tmp_path, dataset)
+    sources = {cell.source for cell in part.cells()} - {cell.defense for cell in part.cells()}
+    (tmp_path / "checkpoints").mkdir()
+    for source in sources:
+        key = key_of(resolve(source)[0], dataset("digits"), 0)
+        recipe = {"key": key, "sha256": "", "curve": [{"epoch": 0, "seconds": 2.0}]}
+        (tmp_path / "checkpoints" / f"{key}.json").write_text(json.dumps(recipe))
+    assert sources and part.trained() == 2.0 * len(sources)
+
+
+def test_data_that_is_not_here_is_described_by_a_record_that_has_its_hash(tmp_path):
+    early = record([1]).cell.model_copy(update={"dataset": "mnist", "defense": "a"})
+    failed = Record(id=early.id, cell=early, status="failed", reason="it was not trained")
+    cell = early.model_copy(update={"defense": "b"})
+    said = {"provenance": {"dataset_hash": "0" * 64}, "cell": cell, "id": cell.id}
+    load_described = loader(tmp_path, tmp_path / "nowhere")
+    Store(tmp_path).put(failed)
+    with pytest.raises(InputError, match="has no record of it"):
+        load_described("mnist")
+    Store(tmp_path).put(record([1]).model_copy(update=said))
+    assert load_described("mnist").hash == "0" * 64
+
+
 def test_what_needs_a_failed_training_is_told_why(tmp_path):
     shared = Shared(tmp_path, None, torch.device("cpu"))
     wanted = Training("digits", "standard(epochs=1, lr=1e+30, network=mlp, optimizer=sgd)")
@@ -622,6 +711,9 @@ def test_an_estimate_takes_the_passes_of_recorded_attacks(tmp_path, monkeypatch)
     monkeypatch.setattr(estimate._Clock, "runs", {"pgd": [run]})
     assert estimate.seconds(tasks, [], [], shared).attack == N * (3 + 1)
     assert set(threads) == {1}  # as many as a worker has
+    run = estimate.Run(kept.cell, Passes(0, 0), 1, 0.0)  # as of noise, which asks nobody
+    monkeypatch.setattr(estimate._Clock, "runs", {"pgd": [run]})
+    assert estimate.seconds(tasks, [], [], shared).attack == N * 1  # the judge
 
 
 @pytest.mark.parametrize(
@@ -702,6 +794,25 @@ def test_a_ratio_of_costs_is_the_median_of_rounds_in_turn(monkeypatch, tmp_path)
     assert (found.value, found.interval) == (2.0, (1.5, 9.0))
     assert len(asked) == 6 and asked[::2] == asked[:1] * 3 and asked[1::2] == asked[1:2] * 3
     assert list(found.inputs.versions) == asked[:2] and found.inputs.threads == 1
+
+
+def test_all_fields_of_what_a_cost_is_over_are_those_that_are_measured(monkeypatch, tmp_path):
+    asked = []
+
+    def prepare(spec, data, shared, arguments):
+        asked.append((data.name, arguments))
+        return lambda: 1.0
+
+    monkeypatch.setitem(costs.FUNCTIONS, "epoch-seconds", costs.Function(prepare))
+    over = {"dataset": "mnist", "arguments": {"batch": 2}}
+    ratio = EPOCH.model_copy(update={"arguments": {"batch": 1, "over": over}})
+    data = {"digits": dataset("digits"), "few": first(dataset("digits"), 20, "few")}
+    scale = SMOKE.model_copy(update={"datasets": {"mnist": "few"}})
+    costs.measure_cost(ratio, scale, data.__getitem__, shared_in(tmp_path))
+    assert asked == [("digits", {"batch": 1}), ("few", {"batch": 2})]
+    assert [each.dataset for each in costs.deployed(ratio, scale)] == ["digits", "few"]
+    own, other = costs.cost_key(ratio, scale).split(" · over ")
+    assert own.endswith("digits · batch=1") and other.endswith("few · batch=2")
 
 
 def test_a_cost_that_the_system_does_not_tell_is_not_kept(monkeypatch, tmp_path):

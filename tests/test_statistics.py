@@ -436,3 +436,11 @@ def test_bad_input_is_named(call: object, message: str) -> None:
     assert callable(call)
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_the_interval_over_runs_is_students(confidence: float) -> None:
+    values = np.random.default_rng(0).normal(size=5)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(confidence)
+    assert statistics.runs(values, confidence) == pytest.approx(tuple(expected))
+    assert statistics.runs([2.0, 2.0]) == (2.0, 2.0)

@@ -199,6 +199,15 @@ def test_each_setting_has_its_name():
     }
 
 
+def test_the_clean_table_is_of_the_newest_version_where_one_attack_alone_was_run_again():
+    wrong = {"clean_ok": np.zeros(4, np.uint8), "clean_err": np.ones(4, np.uint8)}
+    old = [record(cell(attack=name, defense_version="9")) for name in ("fgsm", "mim", "pgd")]
+    new = record(cell(attack="pgd", defense_version="10"), right=(0, 0, 0, 0), **wrong)
+    clean = boards.pages("digits", [*old, new])["digits.md"].partition("## Clean")[2]
+    ((_, accuracy, *_),) = body(clean)
+    assert accuracy.startswith("0.0")
+
+
 def test_the_clean_table_has_one_line_a_defense_and_seed():
     records = [record(cell(threat=Threat(eps=eps))) for eps in ("1/10", "1/5")]
     records += [record(cell(defense="ito")), record(cell(train_seed=1))]

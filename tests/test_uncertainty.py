@@ -17,7 +17,7 @@ from robbench.cell import Cell, Setting
 from robbench.errors import InputError
 from robbench.metrics import detected, metrics, outcomes
 from robbench.metrics.uncertainty import looks, precise_enough, variability
-from robbench.records import Record
+from robbench.records import COSTS, Record
 from robbench.threat import Threat
 
 
@@ -47,6 +47,7 @@ def record(ok, draws=20, wrong=None, trace=None, subset="s", **changes):
         clean_err=np.zeros_like(right),
         distance=np.zeros(len(right), dtype=np.float32),
         trace=trace or {},
+        cost=dict.fromkeys(COSTS, 1.0),
         provenance={"subset_hash": subset},
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from robbench import accounting
 from robbench.audit import Audited, audit, badge
 from robbench.defense import shown
 from robbench.metrics import Measure, contributions
-from robbench.ranking import RANKED, Standing, ranking_lines, standings
+from robbench.ranking import RANKED, Standing, newest_of_each, ranking_lines, standings
 from robbench.records import Record, newest, without_versions
 from robbench.tables import (
     FOOTNOTE,
@@ -101,9 +102,10 @@ def _ranking(placed: Sequence[Standing]) -> str:
 
 
 def _clean_table(made: Sequence[Row]) -> str:
-    """One line per defense, n and seed: every record carries the clean outcome."""
+    """One line per defense, n and seed: every record carries the clean outcome. Of a defense whose
+    version was raised, not every attack may have been run again."""
     seen: dict[tuple[object, ...], list[object]] = {}
-    for row in made:
+    for row in chain.from_iterable(newest_of_each(made)):
         assert row.metrics is not None
         cell = row.cell
         key = (cell.defense, cell.n, cell.train_seed)  # attack seeds only draw again

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,7 +19,7 @@ from robbench.siblings import RELATIONS, siblings
 from robbench.threat import Threat
 
 Kind = Literal["whitebox", "adaptive", "transfer", "blackbox"]
-KINDS: tuple[Kind, ...] = ("whitebox", "adaptive", "transfer", "blackbox")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Draws = int | Literal["auto"]
 MODEL = "model:"  # begins the name of a model of the caller, which no registry knows
 

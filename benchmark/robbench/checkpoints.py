@@ -272,7 +272,7 @@ def _load(members: nn.ModuleList, path: Path) -> str:
     recipe_path = path.with_suffix(".json")
     remedy = f"delete {path} and {recipe_path.name} beside it, and it is trained again"
     try:
-        recipe = json.loads(recipe_path.read_text())
+        recipe = json.loads(recipe_path.read_bytes())
         content = path.read_bytes()  # once: another process may replace the file meanwhile
         sha256 = hashlib.sha256(content).hexdigest()
         if sha256 != recipe["sha256"]:

@@ -91,22 +91,13 @@ def _line(pair: Pair, found: statistics.Paired, holm: float) -> list[str]:
         accuracy(pair.b),
         f"{_points(found.difference)}\n{_points(low)}..{_points(high)}",
         f"{found.p:.2g}\n{holm:.2g}",
-        f"{_counted(_passes(pair.a))}\n{_counted(_passes(pair.b))}",
+        f"{pair.a.passes:.0f}\n{pair.b.passes:.0f}",
     ]
-
-
-def _passes(record: Record) -> float:
-    """Forward and backward passes per image; nan for a record that does not say."""
-    return record.cost.get("forwards", math.nan) + record.cost.get("backwards", math.nan)
-
-
-def _counted(passes: float) -> str:
-    return "n.a." if math.isnan(passes) else f"{passes:.0f}"
 
 
 def _unequal(pairs: Sequence[Pair]) -> str:
     """Where one side met more than twice the effort of the other; empty where none did."""
-    efforts = [sorted(map(_passes, pair)) for pair in pairs]
+    efforts = [sorted(record.passes for record in pair) for pair in pairs]
     count = sum(more > PARITY * less for less, more in efforts)
     if not count:
         return ""

@@ -46,9 +46,9 @@ class Finding(BaseModel):
 
 
 @cache
-def claims() -> list[Finding]:
+def on_trial() -> list[Finding]:
     """All that is on trial."""
-    text = resources.files("robbench").joinpath("findings.yaml").read_text()
+    text = resources.files("robbench").joinpath("findings.yaml").read_text(encoding="utf-8")
     return [Finding(**each) for each in yaml.safe_load(text)]
 
 
@@ -63,7 +63,7 @@ def findings(
     audits = audit(own) if audits is None else audits
     made = [row for row in rows(own, audits) if row.metrics is not None and row.audited]
     plain = [row for row in made if row.cell.threat.goal == "error" and not row.cell.seed]
-    tried = [_tried(finding, plain, dataset) for finding in claims()]
+    tried = [_tried(finding, plain, dataset) for finding in on_trial()]
     headers = [
         "paper", "defense", "published claim", "its paper's attack, here", "n", "accuracy %",
         "verdict", "raised", "foreseen",
@@ -71,12 +71,12 @@ def findings(
     reasons = [
         f"- {finding.defense}, `{finding.attack}`: "
         + "; ".join(f"{name}: {reason}" for name, reason in finding.foreseen.items())
-        for finding in claims()
+        for finding in on_trial()
         if finding.foreseen
     ]
     return "\n".join(
         [
-            f"### The published evaluations ({dataset}, {claims()[0].threat})",
+            f"### The published evaluations ({dataset}, {on_trial()[0].threat})",
             "",
             tabulated(tried, headers),
             "",
@@ -86,7 +86,7 @@ def findings(
             "",
             *reasons,
             "",
-            f"### Every defense ({dataset}, {claims()[0].threat})",
+            f"### Every defense ({dataset}, {on_trial()[0].threat})",
             "",
             tabulated(list(_every(plain, dataset)), EVERY),
         ]
@@ -169,7 +169,7 @@ def _came(name: str, raised: set[str], audited: Audited) -> str:
 
 def _every(made: Sequence[Row], dataset: str) -> Iterable[list[object]]:
     """A line for each defense: what was claimed, its paper's attack, the strongest one."""
-    at = [row for row in made if row.cell.threat == claims()[0].threat]
+    at = [row for row in made if row.cell.threat == on_trial()[0].threat]
     by_defense: dict[str, list[Row]] = {}
     for row in at:
         if row.cell.setting.kind in ("whitebox", "adaptive") and not row.cell.train_seed:
@@ -179,7 +179,7 @@ def _every(made: Sequence[Row], dataset: str) -> Iterable[list[object]]:
         if not suites:
             continue
         best = min(suites, key=_depth)
-        finding = next((f for f in claims() if _of(f.defense, dataset) == defense), None)
+        finding = next((f for f in on_trial() if _of(f.defense, dataset) == defense), None)
         published = _published(finding, made, dataset) if finding else None
         assert best.metrics and best.record and best.audited
         yield [

@@ -383,7 +383,7 @@ def read_blocks(path: Path) -> list[Block]:
     All mistakes are reported at once, each with its file and key.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the grid {path}: {error}") from None
     except yaml.YAMLError as error:

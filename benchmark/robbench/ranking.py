@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,8 @@ class Standing(NamedTuple):
 def standings(made: Iterable[Row]) -> list[tuple[Threat, list[Standing]]]:
     """Every threat under which a defense has a sound number, and all defenses under it, each as it
     is now and trained once: the trained model that was attacked most stands for it."""
-    rows = list(made)
     by_threat: dict[Threat, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in _of_the_newest(rows):
+    for row in chain.from_iterable(map(_of_one_model, newest_of_each(made))):
         threat = row.cell.threat
         ranked = threat.goal == "error" and not threat.targeted and threat.eps is not None
         if row.metrics is not None and row.audited is not None and ranked:
@@ -43,8 +43,9 @@ def standings(made: Iterable[Row]) -> list[tuple[Threat, list[Standing]]]:
     return [(threat, placed) for threat, placed in found if placed[0].place is not None]
 
 
-def _of_the_newest(rows: Sequence[Row]) -> list[Row]:
-    """Those of each defense's newest version on the data, and of its most attacked model."""
+def newest_of_each(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of every defense in its newest version; of two data sets of one name those on the
+    one that was attacked more."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.cell.defense, row.cell.defense_version, row.cell.data].append(row)
@@ -53,12 +54,14 @@ def _of_the_newest(rows: Sequence[Row]) -> list[Row]:
         candidate = (version_numbers(version), len(group), group)
         if defense not in newest or candidate[:2] > newest[defense][:2]:
             newest[defense] = candidate
-    kept = []
-    for _, _, group in newest.values():
-        counts = Counter(row.cell.train_seed for row in group)
-        model = min(counts, key=lambda seed: (-counts[seed], seed))
-        kept += [row for row in group if row.cell.train_seed == model]
-    return kept
+    return [group for _, _, group in newest.values()]
+
+
+def _of_one_model(group: Sequence[Row]) -> list[Row]:
+    """Those of the trained model that was attacked most."""
+    counts = Counter(row.cell.train_seed for row in group)
+    model = min(counts, key=lambda seed: (-counts[seed], seed))
+    return [row for row in group if row.cell.train_seed == model]
 
 
 def _standings(defenses: Sequence[Sequence[Row]]) -> list[Standing]:

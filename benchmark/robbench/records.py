@@ -34,6 +34,7 @@ from robbench.errors import InputError, problem_of
 SCHEMA = 1
 LARGEST = 2**28  # bytes of one array
 LARGEST_IMAGES = 2**32  # bytes of all images of a record
+COSTS = ("forwards", "backwards", "queries", "seconds")  # per image but for the seconds
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def _decode(value: object) -> np.ndarray:
 
 
 Array = Annotated[np.ndarray, BeforeValidator(_decode), PlainSerializer(_encode)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
@@ -75,7 +77,8 @@ class Record(BaseModel):
     that were right, and wrong but not abstained, on x' and on x. distance (N,) float32 in the
     cell's norm. best and clean_best count draws whose first label was right, refused or not, and
     score and clean_score (N,) float32 say how sure the defense was (rules.Answer), on average;
-    older records have none of the four. A failed cell has a reason and no numbers.
+    older records have none of the four. cost has all of COSTS. A failed cell has a reason and no
+    numbers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -95,7 +98,7 @@ class Record(BaseModel):
     score: Array | None = None
     clean_score: Array | None = None
     trace: dict[str, Array] = {}
-    cost: dict[str, float] = {}
+    cost: dict[str, Amount] = {}
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -119,7 +122,16 @@ class Record(BaseModel):
                 raise ValueError(f"{name} is not a number for each of {n} images")
         if self.distance is None or self.distance.shape != (n,):
             raise ValueError(f"distance is not a number for each of {n} images")
+        if set(self.cost) != set(COSTS):
+            raise ValueError(
+                f"cost has {', '.join(self.cost) or 'nothing'}, not {', '.join(COSTS)}"
+            )
         return self
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes of single networks, per image."""
+        return self.cost["forwards"] + self.cost["backwards"]
 
     def text(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
@@ -297,7 +309,7 @@ def read(path: Path) -> Record | None:
     """A record from its file; None for another schema version; damage is an InputError."""
     remedy = "it is left as it is; delete it to run the cell again"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
         if isinstance(data, dict) and data.get("schema_version") != SCHEMA:
             return None
         record = Record.model_validate(data)

@@ -13,9 +13,10 @@ from robbench.errors import InputError
 from robbench.papers import pages, plain
 from robbench.papers.claims import Judged
 from robbench.papers.latex import latex_claims, latex_figure, latex_table
+from robbench.papers.paper import CLAIMS
 from robbench.papers.reproduction import Known, Line
 from robbench.papers.wording import notes_of
-from robbench.reproducing import CLAIMS, Part
+from robbench.reproducing import Part
 from robbench.tables import as_csv
 
 KINDS = ("svg", "png", "csv")
@@ -126,12 +127,11 @@ def page_files(part: Part, known: Known) -> dict[Path, str]:
     """The page and the CSVs of a whole paper at a scale, as they must be for these records."""
     stem = part.out / "papers" / f"{part.paper.key}.{part.scale}"
     tables, judged = part.lines(known), part.judged(known)
-    trained = part.trained()
     shown, seconds = part.figures.shown(), part.figures.seconds()
-    text = pages.page(part.paper, part.scale, tables, judged, shown, trained, seconds)
+    took = (part.attacked(known), part.trained(), seconds)
+    text = pages.page(part.paper, part.scale, tables, judged, shown, *took)
     return {
         stem.with_name(f"{stem.name}.md"): text,
         stem.with_name(f"{stem.name}.csv"): as_csv(_flat(part, tables)),
         stem.with_name(f"{stem.name}.claims.csv"): as_csv(_flat_claims(part, judged)),
-        **part.figures.texts(known),
     }

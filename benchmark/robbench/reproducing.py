@@ -10,20 +10,17 @@ from pathlib import Path
 from robbench import registry
 from robbench.audit.planning import probes
 from robbench.cell import Cell
-from robbench.checkpoints import Shelf, key_of, recipe_of
+from robbench.checkpoints import Shelf, recipe_of
 from robbench.datasets import Dataset, kind
 from robbench.datasets.described import FACTS, blank, described
-from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.figures.gallery import Gallery
 from robbench.papers import claims as spoken
 from robbench.papers.ledger import Ledger
-from robbench.papers.paper import SCALES, Number, Paper, keys, select
+from robbench.papers.paper import CLAIMS, SCALES, Number, Paper, keys, select
 from robbench.papers.reproduction import Known, Line, Reproduction
 from robbench.records import Store
-from robbench.runner import Shared, Training
-
-CLAIMS = "claims"
+from robbench.runner import Shared, Training, chain, trainings
 
 
 @dataclass
@@ -41,6 +38,7 @@ class Part:
         costs = self.out / "papers" / f"{self.paper.key}.{self.scale}.costs.json"
         self.costs = Ledger(self.reproduction, costs, self._shelf)
         self.figures = Gallery(self.reproduction, self._drawable(), self.out, self._shelf)
+        self._judged: tuple[Known, list[spoken.Judged]] | None = None
 
     @property
     def _shelf(self) -> Shelf:
@@ -90,7 +88,7 @@ class Part:
 
     def cells(self) -> list[Cell]:
         """The cells of the part with the probes that verdicts need."""
-        cells = self.reproduction.plan(self.numbers())
+        cells = self.reproduction.plan(self.numbers(), self.tables)
         cells += self.figures.cells()
         looked = probes(cells, lambda name: len(self.load(name).test.y))
         return list({cell.id: cell for cell in (*cells, *looked)}.values())
@@ -110,7 +108,7 @@ class Part:
         measured now."""
         costs = self.costs.doubts(self.costs.of(self.numbers()), self.part is None)
         again = f"run 'robbench reproduce {self.paper.key} --scale {self.scale}'"
-        return [f"{line}; {again}" for line in (*costs, *self.figures.doubts(known))]
+        return [*(f"{line}; {again}" for line in costs), *self.figures.doubts(known)]
 
     def lines(self, known: Known) -> dict[str, list[Line]]:
         """The tables of the part."""
@@ -123,9 +121,13 @@ class Part:
         }
 
     def judged(self, known: Known) -> list[spoken.Judged]:
-        """The claims, if the part has them; those without a measured counterpart last."""
-        if not self.claimed:
-            return []
+        """The claims, if the part has them; those without a measured counterpart last. A page and
+        what is printed beside it want the same ones, and their tests take a while."""
+        if self._judged is None or self._judged[0] is not known:
+            self._judged = known, self._judge(known) if self.claimed else []
+        return self._judged[1]
+
+    def _judge(self, known: Known) -> list[spoken.Judged]:
         units = {
             number.path: table.unit
             for name, table in self.paper.tables.items()
@@ -139,18 +141,26 @@ class Part:
 
         series_of: Callable[[str], spoken.Series] = cache(partial(self.figures.series, known))
         claims = sorted(self.paper.claims, key=lambda claim: bool(claim.text))
-        return [spoken.judge(claim, line_of, series_of) for claim in claims]
+        judged = [spoken.judge(claim, line_of, series_of) for claim in claims]
+        return [
+            each._replace(behind=tuple(self.figures.grounds(each.claim.curve.figure)))
+            if each.claim.curve and each.measured
+            else each
+            for each in judged
+        ]
+
+    def attacked(self, known: Known) -> float:
+        """Seconds of all attacks behind the part: for tables, claims, figures and verdicts."""
+        records = (known.records.get(cell.id) for cell in self.cells())
+        return sum(record.cost["seconds"] for record in records if record)
 
     def trained(self) -> float:
-        """Seconds of all trainings behind the numbers of the part, each once, as the checkpoints
-        beside the records tell."""
-        cells = [c for n in self.numbers() for c in self.reproduction.cells_of(n.binding)]
-        trainings = dict.fromkeys((c.defense, c.dataset, c.train_seed) for c in cells)
+        """Seconds of all trainings behind the cells of the part, oracles and bases among them, each
+        once, as the checkpoints beside the records tell."""
         made = {
-            key_of(each, self.load(dataset), seed)
-            for defense, dataset, seed in trainings
-            for part in resolve(defense)
-            for each in (part, *part.bases())
+            key
+            for dataset, spec, seed, _ in trainings(self.cells())
+            for key, _ in chain(spec, self.load(dataset), seed)
         }
         seconds = 0.0
         for path in filter(None, map(self._shelf.find, sorted(made))):
@@ -171,10 +181,11 @@ def loader(out: Path, data_dir: Path | None, estimate: bool = False) -> Callable
                 raise
             if estimate:
                 return blank(name)
-            record = next(Store(out).all(name), None)
-            if record is None:
+            said = (record.provenance.get("dataset_hash") for record in Store(out).all(name))
+            digest = next(filter(None, said), None)  # a cell that failed early has none
+            if digest is None:
                 raise InputError(f"{error} (and {out} has no record of it)") from None
-            return described(name, str(record.provenance["dataset_hash"]))
+            return described(name, str(digest))
 
     return load
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from robbench.threat import within
 from robbench.training import Progress, derive
 
 KEPT = 8  # deployed defenses that a process holds; the others are loaded again
+FAILURES = (InputError, Violation, RuntimeError)  # of input, attacks, training, memory; else a bug
 SHARD = 250  # images of one unit of work, fewer where they are large
 
 
@@ -80,7 +82,7 @@ class Shared:
         key = (spec, dataset.hash, train_seed)
         found = self.trained.pop(key, None)
         if found is None:
-            for part, _ in _chain(spec, dataset, train_seed) if self.untrained else ():
+            for part, _ in chain(spec, dataset, train_seed) if self.untrained else ():
                 if part in self.untrained:  # what failed for a task would fail again
                     raise InputError(f"{spec} is not trained: {self.untrained[part]}")
             found = self.shelf.deploy(spec, dataset, train_seed, self.device, progress)
@@ -120,11 +122,12 @@ def run_shard(
 
 
 def _failed(part: Part, error: Exception) -> Part:
-    part.reason, part.mistake = _reason(error), isinstance(error, InputError)
+    part.reason, part.mistake = explained(error), isinstance(error, InputError)
     return part
 
 
-def _reason(error: Exception) -> str:
+def explained(error: Exception) -> str:
+    """Why something failed, in one line."""
     if isinstance(error, (InputError, Violation)):  # made to be read
         return str(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -340,44 +343,52 @@ class Training(NamedTuple):
     watched: bool = False
 
 
+def trainings(
+    cells: Iterable[Cell], models: Mapping[str, Trained] = MappingProxyType({})
+) -> list[Training]:
+    """The defenses that these cells attack or judge, each once. models: as in `Cell.sources`."""
+    return list(
+        dict.fromkeys(
+            Training(cell.dataset, spec, cell.train_seed)
+            for cell in cells
+            for spec in (*cell.sources(models), cell.defense)
+        )
+    )
+
+
 def missing_training(
     cells: Sequence[Cell], shared: Shared, others: Iterable[Training] = ()
 ) -> dict[str, tuple[str, str, int]]:
     """Checkpoint key -> (dataset, spec, train seed) of all that the cells and others need and no
     folder has, bases before what is built on them; of what is watched the bases alone."""
-    needed = [
-        Training(cell.dataset, spec, cell.train_seed)
-        for cell in cells
-        for spec in (*cell.sources(shared.models), cell.defense)
-    ]
     jobs: dict[str, tuple[str, str, int]] = {}
-    for name, spec, seed, watched in dict.fromkeys((*needed, *others)):
+    for name, spec, seed, watched in dict.fromkeys((*trainings(cells, shared.models), *others)):
         if spec in shared.models:
             continue
-        links = _chain(spec, shared.dataset(name), seed)
+        links = chain(spec, shared.dataset(name), seed)
         for key, text in links[:-1] if watched else links:
             if shared.shelf.find(key) is None:
                 jobs[key] = (name, text, seed)
     return jobs
 
 
-def _chain(spec: str, dataset: Dataset, train_seed: int) -> list[tuple[str, str]]:
+def chain(spec: str, dataset: Dataset, train_seed: int) -> list[tuple[str, str]]:
     """(key, spec) of every checkpoint behind a spec, bases first."""
     links: list[tuple[str, str]] = []
     for defense in resolve(spec):
         if base := defense.base_spec():
-            links += _chain(str(base), dataset, train_seed)
+            links += chain(str(base), dataset, train_seed)
         links.append((key_of(defense, dataset, train_seed), str(defense.spec)))
     return links
 
 
 def base_keys(spec: str, dataset: Dataset, train_seed: int) -> list[str]:
     """Keys of the checkpoints that must exist before this one can be trained."""
-    return [key for key, _ in _chain(spec, dataset, train_seed)][:-1]
+    return [key for key, _ in chain(spec, dataset, train_seed)][:-1]
 
 
 def needed_keys(spec: str, cell: Cell, shared: Shared) -> list[str]:
     """Keys of the checkpoints behind the target or the oracle of a cell."""
     if spec in shared.models:
         return []
-    return [key for key, _ in _chain(spec, shared.dataset(cell.dataset), cell.train_seed)]
+    return [key for key, _ in chain(spec, shared.dataset(cell.dataset), cell.train_seed)]

@@ -227,6 +227,18 @@ def permutation(d: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> floa
     return float(result.pvalue)
 
 
+def runs(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of a number over runs that have no seed in common, (K,),
+    K >= 2. It covers their randomness, not the sampling of images."""
+    from scipy import stats
+
+    _check_confidence(confidence)
+    found = np.asarray(values, dtype=np.float64)
+    center, error = float(found.mean()), float(found.std(ddof=1)) / math.sqrt(len(found))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(found) - 1)) * error
+    return Interval(center - half, center + half)
+
+
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Paired:
     """Mean of a - b over the same images, (N,) shares each, its t interval within [-1, 1], and p.
 

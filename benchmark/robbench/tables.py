@@ -13,7 +13,7 @@ import numpy as np
 from tabulate import tabulate
 
 from robbench.audit import Audited, badge, is_diagnostic
-from robbench.cell import MODEL, Cell
+from robbench.cell import KINDS, MODEL, Cell
 from robbench.defense import known_attack, resolve, shown
 from robbench.errors import InputError
 from robbench.metrics import Measure, Metrics, contributions, metrics, persistent
@@ -65,7 +65,6 @@ def rows(
 
 def _order(row: Row) -> tuple[object, ...]:
     cell = row.cell
-    kinds = ("whitebox", "adaptive", "transfer", "blackbox")
     return (
         NORM_NAMES.index(cell.threat.norm),
         cell.attack,
@@ -76,7 +75,7 @@ def _order(row: Row) -> tuple[object, ...]:
         cell.train_seed,
         cell.seed,
         cell.defense,
-        kinds.index(cell.setting.kind),
+        KINDS.index(cell.setting.kind),
         cell.setting.oracle or "",
         str(cell.setting.eot).rjust(4),  # numbers in their order, auto last
         cell.threat.eps or 0,
@@ -95,11 +94,10 @@ def interval(measure: Measure) -> str:
 
 def cost(record: Record) -> str:
     """Passes per image with a unit, and seconds."""
-    passes = record.cost["forwards"] + record.cost["backwards"]
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if passes >= size:
-            return f"{passes / size:.1f}{unit} {record.cost['seconds']:.0f}s"
-    return f"{passes:.0f} {record.cost['seconds']:.0f}s"
+        if record.passes >= size:
+            return f"{record.passes / size:.1f}{unit} {record.cost['seconds']:.0f}s"
+    return f"{record.passes:.0f} {record.cost['seconds']:.0f}s"
 
 
 def setting_text(cell: Cell, deterministic: bool) -> str:
@@ -173,7 +171,7 @@ def group_table(group: Sequence[Row], style: str = "github") -> str:
                 format_eps(row.cell.threat.eps),
                 *(with_interval(getattr(row.metrics, name)) for name in SHARES),
                 with_interval(tried(row.record)),
-                cost_passes(row.record),
+                f"{row.record.passes:.0f}",
                 *([badge(row.audited)] if row.audited else []),
             ]
         )
@@ -268,10 +266,6 @@ def tabulated(
             [" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines
         ]
     return tabulate(lines, headers, tablefmt=style, disable_numparse=True)
-
-
-def cost_passes(record: Record) -> str:
-    return f"{record.cost['forwards'] + record.cost['backwards']:.0f}"
 
 
 def text(made: Sequence[Row]) -> str:

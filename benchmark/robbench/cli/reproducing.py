@@ -11,6 +11,7 @@ from robbench.cli import check_installation
 from robbench.cli.options import common, timeout_option
 from robbench.cli.running import measured, workers_of
 from robbench.errors import InputError
+from robbench.papers.paper import SCALES
 
 if TYPE_CHECKING:
     from robbench.cell import Cell
@@ -24,7 +25,7 @@ FORMATS = ("text", "markdown", "latex", "bibtex", "csv", "json")
 @click.argument("what", required=False)
 @click.option(
     "--scale",
-    type=click.Choice(["smoke", "cpu", "paper"]),
+    type=click.Choice(SCALES),
     default="cpu",
     show_default=True,
     help="smoke: a minute; cpu: small networks and subsets; paper: as published.",

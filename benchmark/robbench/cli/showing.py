@@ -90,7 +90,11 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
     if finding is not None:
         from robbench.findings import page
 
-        texts[finding] = page(finding.read_text(), records, audits)
+        try:
+            old = finding.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{finding} is no page in UTF-8: {error}") from None
+        texts[finding] = page(old, records, audits)
     lines = [*papers.broken, *papers.doubts]
     if not check:
         for path, text in texts.items():
@@ -110,7 +114,7 @@ def leaderboard_command(out: Path, check: bool, finding: Path | None) -> None:
 
 def _text(path: Path) -> str | None:
     """What a page says now; None where there is none."""
-    return path.read_text(errors="replace") if path.exists() else None
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
 
 @click.command("compare")

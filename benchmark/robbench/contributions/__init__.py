@@ -13,10 +13,9 @@ from pathlib import Path
 from robbench import registry
 from robbench.cell import Cell
 from robbench.contributions.beside import Beside, shared
-from robbench.contributions.complete import Cost, Provenance, missing
+from robbench.contributions.complete import Notes, Provenance, missing
 from robbench.contributions.outcome import contradictions, image_problems
 from robbench.datasets import Dataset
-from robbench.environment import Environment
 from robbench.errors import InputError
 from robbench.records import (
     Record,
@@ -83,11 +82,10 @@ def _record(record: Record, beside: Beside) -> Iterator[str]:
     if record.status == "failed":
         if not record.reason:
             yield "the cell failed without a reason"
-        yield from missing("provenance", Environment, record.provenance)
+        yield from missing(Notes, record.provenance)
         return
-    incomplete = list(missing("provenance", Provenance, record.provenance))
+    incomplete = list(missing(Provenance, record.provenance))
     yield from incomplete or _provenance(record, made, beside)
-    yield from missing("cost", Cost, record.cost)
     yield from contradictions(record)
 
 
@@ -116,6 +114,11 @@ def _provenance(record: Record, made: Cell, beside: Beside) -> Iterator[str]:
             yield f"it has {len(weights)} {role}weights for {len(keys)} checkpoints"
         elif any(beside.weights.get(k, w) != w for k, w in zip(keys, weights, strict=False)):
             yield f"its {role}weights are not those in {beside.store.root / 'checkpoints'}"
+    stages, n = len(said.get("suite", [])), cell.n
+    traced = {"suite_lost": (stages, n), "suite_passes": (stages, n), "suite_winner": (n,)}
+    shapes = {name: each.shape for name, each in record.trace.items() if name.startswith("suite_")}
+    if shapes != (traced if stages else {}):
+        yield f"its trace is not that of a suite of {stages} stages"
 
 
 def _loaded(path: Path, record: Record) -> Dataset | None:

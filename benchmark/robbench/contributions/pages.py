@@ -19,8 +19,8 @@ PAGES = ("md", "csv", "claims.csv")
 
 
 class Papers(NamedTuple):
-    """texts: of the pages and of the CSVs that records decide, by path. doubts: a line for what is
-    not what would be measured now. broken: a line for a paper that no page can be made of."""
+    """texts: of the pages and the CSVs beside them, by path. doubts: a line for what is not what
+    would be measured or drawn now. broken: a line for a paper that no page can be made of."""
 
     texts: dict[Path, str]
     doubts: list[str]
@@ -37,7 +37,7 @@ def paper_pages(store: Store, records: Sequence[Record], audits: Mapping[str, Au
             part = Part(load(key), scale, store.root, datasets.dataset)
             known = Known.of(records, part.least, audits)
             paged = any(stem.with_name(f"{stem.name}.{kind}").exists() for kind in PAGES)
-            texts = page_files(part, known) if paged else part.figures.texts(known)
+            texts = page_files(part, known) if paged else {}
             doubts = part.doubts(known)
         except InputError as error:
             made.broken.append(str(error))

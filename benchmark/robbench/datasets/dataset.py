@@ -176,10 +176,14 @@ def first(dataset: Dataset, count: int, name: str) -> Dataset:
             f"{name}: {dataset.name} has {have} training images;"
             f" write {dataset.name}@{have} or less"
         )
-    held_out = min(len(dataset.validation.y), max(1, count // 10))
-    train = take(dataset.train, range(count))
-    validation = take(dataset.validation, range(held_out))
-    return replace(dataset, name=name, train=train, validation=validation)
+    return replace(shortened(dataset, count, max(1, count // 10)), name=name)
+
+
+def shortened(dataset: Dataset, count: int, held_out: int) -> Dataset:
+    """The dataset with the first `count` images for training and `held_out` for validation, or as
+    many as there are."""
+    validation = take(dataset.validation, range(min(held_out, len(dataset.validation.y))))
+    return replace(dataset, train=take(dataset.train, range(count)), validation=validation)
 
 
 def require(name: str, directory: Path, folder: Path, files: Iterable[str], put: str) -> None:

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from xml.etree import ElementTree
 
+from PIL import Image
 from pydantic import ValidationError
 
 from robbench.cell import Cell
+from robbench.checkpoints import sha256_of
 from robbench.errors import InputError
 from robbench.papers.cells import shrunk
 from robbench.papers.claims import Point
@@ -37,6 +40,7 @@ Rows = Sequence[Mapping[str, Any]]
 Fields = Mapping[str, Any]
 S = TypeVar("S", bound=Strict)
 Series = dict[str, list[Point]]
+DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"  # where an SVG has its metadata
 COLUMN = 3.4  # inches: the width of a column in print
 # Okabe and Ito: told apart by the colour-blind, and in grey by their order of brightness
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -100,8 +104,8 @@ class Drawing(NamedTuple):
     """data: the rows; plot: of these rows alone; bindings: of the cells behind the data.
 
     Of data that is computed: trainings, the defenses that it deploys or watches in training;
-    attacks, the cells whose first shard it attacks itself; version, raised when the same
-    arguments give other rows.
+    attacks, the cells whose first shard it attacks itself; defenses, what else it makes use of;
+    version, raised when the same arguments give other rows.
     """
 
     data: Callable[[Sources, Fields], Rows]
@@ -109,6 +113,7 @@ class Drawing(NamedTuple):
     bindings: Callable[[Fields], list[Fields]] = no_cells
     trainings: Callable[[Reproduction, Fields], list[Training]] = nothing
     attacks: Callable[[Reproduction, Fields], list[Cell]] = nothing
+    defenses: tuple[str, ...] = ()
     version: int = 1
 
 
@@ -180,21 +185,40 @@ def caption(canvas: Canvas, text: str) -> None:
         canvas.text(0.5, 1.01, filled, ha="center", va="bottom", fontsize=6, color="0.35")
 
 
-def save(canvas: Canvas, stem: Path) -> list[Path]:
-    """SVG and PNG of a plot, the same bytes for the same data."""
+def plots_of(data: Path) -> tuple[Path, Path]:
+    """The SVG and the PNG beside the data of a figure."""
+    return data.with_suffix(".svg"), data.with_suffix(".png")
+
+
+def save(canvas: Canvas, data: Path) -> None:
+    """A plot beside its data, the same bytes for the same data, with its SHA-256 in them."""
     import matplotlib
 
-    kinds: Mapping[str, dict[str, Any]] = {
-        "svg": {"metadata": {"Date": None}},
-        "png": {"metadata": {"Software": None}, "dpi": 200},
+    svg, png = plots_of(data)
+    source = {"Description": sha256_of(data)}
+    kinds: Mapping[Path, dict[str, Any]] = {
+        svg: {"format": "svg", "metadata": {**source, "Date": None}},
+        png: {"format": "png", "metadata": {**source, "Software": None}, "dpi": 200},
     }
-    files = []
     with matplotlib.rc_context({"svg.hashsalt": "robbench", "svg.fonttype": "none"}):
-        for kind, settings in kinds.items():
-            drawn = partial(canvas.savefig, format=kind, bbox_inches="tight", **settings)
-            files.append(stem.with_name(f"{stem.name}.{kind}"))
-            write_whole(files[-1], drawn)
-    return files
+        for file, settings in kinds.items():
+            write_whole(file, partial(canvas.savefig, bbox_inches="tight", **settings))
+
+
+def plot_problem(plot: Path, data: Path) -> str | None:
+    """Why an SVG or PNG is not that of the data beside it; None where it is."""
+    try:
+        if plot.suffix == ".svg":
+            found = ElementTree.parse(plot).getroot().findtext(f".//{DESCRIPTION}")
+        else:
+            with Image.open(plot, formats=["PNG"]) as image:
+                image.verify()
+                found = image.info.get("Description")
+    except FileNotFoundError:
+        return "it is missing"
+    except (OSError, SyntaxError, ValueError):  # ParseError is a SyntaxError, as is Pillow's
+        return f"it is no {plot.suffix[1:].upper()}"
+    return None if found == sha256_of(data) else f"it was not drawn from {data.name}"
 
 
 def canvas(width: float = COLUMN, height: float = 2.6, **subplots: Any) -> tuple[Canvas, Any]:

@@ -48,41 +48,50 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 AT_ONCE = 50  # images of one pass through a large ensemble
+LOOK = 500  # images that are looked at before it is asked whether enough have no answer
 
 
 def _abstention_data(sources: Sources, arguments: Fields) -> Rows:
-    """A row per image: those without an answer first, of them the ones that two labels share."""
+    """A row per image without an answer, the ones that two labels share first. As much of the test
+    split is looked at as has enough of them."""
     dataset = sources.dataset(arguments["dataset"])
     spec = sources.defense(arguments["defense"], arguments["dataset"])
     deployed = sources.shared.deploy(spec, dataset, 0).deployed
     original = original_of(spec)
     plain = sources.shared.deploy(original, dataset, 0).deployed
-    size = int(arguments.get("pool", 500))
-    subset = dataset.subset(min(size, sources.scale.n or size, len(dataset.test.y)))
-    x, y = subset.x.to(sources.shared.device), subset.y
-    label, votes = ballots(deployed, x, derive("abstentions", spec, subset.hash))
-    first = answers(plain, x, derive("original", original, subset.hash))
-    top = votes.topk(min(3, votes.shape[1]), dim=1)
-    silent = label == ABSTAIN
-    fit = 10 * silent.double() + 2 * top.values[:, :2].sum(dim=1) - top.values[:, 0]
+    subset = dataset.subset(len(dataset.test.y))
+    count, n = int(arguments.get("images", 4)), 0
+    silent: dict[int, Tensor] = {}  # the votes on an image, by its place
+    while len(silent) < count and n < len(subset.y):
+        seed = derive("abstentions", spec, subset.hash, n)
+        label, votes = ballots(deployed, subset.x[n : n + LOOK].to(deployed.device), seed)
+        silent |= {n + i: votes[i] for i in (label == ABSTAIN).nonzero()[:, 0].tolist()}
+        n += len(label)
+    if not silent:
+        raise InputError(f"{spec} answers to all of the {n} test images of {dataset.name}")
+    places = list(silent)
+    x, y = subset.x[places], subset.y[places]
+    first = answers(plain, x.to(deployed.device), derive("original", original, subset.hash))
+    every = torch.stack(list(silent.values()))
+    top = every.topk(min(3, every.shape[1]), dim=1)
+    fit = 2 * top.values[:, :2].sum(dim=1) - top.values[:, 0]
     names = [dataset.labels[i] for i in y.tolist()]
     rows: list[dict[str, Any]] = []
-    count = int(arguments.get("images", 4))
     for image, i in enumerate(chosen(names, [], fit.tolist(), count)):
         shares = zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)
         rows.append(
             {
                 "image": image,
-                "id": int(subset.ids[i]),
+                "id": int(subset.ids[places[i]]),
                 "dataset": dataset.name,
                 "defense": spec,
                 "original": original,
                 "label": names[i],
                 "original_prediction": named(int(first.label[i]), dataset.labels),
                 "original_confidence": round(float(first.confidence[i]), 4),
-                "prediction": named(int(label[i]), dataset.labels),
-                "abstained": round(float(silent.double().mean()), 4),  # of all images looked at
-                "n": len(y),
+                "prediction": NONE,
+                "abstained": len(silent),  # of the first n test images
+                "n": n,
                 **pixels(x[i]),
                 **{
                     key: value
@@ -127,7 +136,7 @@ def ballots(deployed: Deployed, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _abstention_plot(rows: Rows, arguments: Fields) -> Canvas:
-    """Images above the votes on them."""
+    """Images above the votes on them, and of how many they are."""
     per_line = min(4, len(rows))
     lines = -(-len(rows) // per_line)
     made, axes = canvas(
@@ -151,6 +160,8 @@ def _abstention_plot(rows: Rows, arguments: Fields) -> Canvas:
         text = f"original says\n{said} {share:.0f} %"
         above.set_xlabel(text, fontsize=SMALL, labelpad=2, color=color, weight=weight)
         _votes(below, row)
+    found = f"{rows[0]['abstained']} without an answer among {rows[0]['n']} test images"
+    made.supxlabel(f"{len(rows)} of the {found}", fontsize=SMALL)
     return made
 
 
@@ -165,12 +176,9 @@ def _votes(axis: Any, row: Mapping[str, Any]) -> None:
         axis.text(0, bar - 0.25, text, fontsize=SMALL, va="bottom")
         axis.vlines(0.5, bar - 0.26, bar + 0.26, color="k", linewidth=1, linestyle=(0, (2, 1)))
     axis.set(xlim=(0, 1), ylim=(2.4, -0.8))
-    answer = row["prediction"]
-    axis.set_xlabel(
-        "abstains" if answer == NONE else f"says {brief(answer)}", fontsize=SMALL, labelpad=2
-    )
 
 
 drawings.add(
-    "abstentions", Drawing(_abstention_data, _abstention_plot, trainings=_abstention_trainings)
+    "abstentions",
+    Drawing(_abstention_data, _abstention_plot, trainings=_abstention_trainings, version=2),
 )

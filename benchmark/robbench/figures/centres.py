@@ -138,4 +138,7 @@ def _space(row: Mapping[str, Any]) -> NDArray[np.float64]:
     return np.array([float(row[axis]) for axis in "xyz"])
 
 
-drawings.add("max-mahalanobis-centres", Drawing(_centres_data, _centres_plot))
+drawings.add(
+    "max-mahalanobis-centres",
+    Drawing(_centres_data, _centres_plot, defenses=("mmc", "mmc-rand")),
+)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from robbench.figures import Drawing, Fields, Rows, Sources, checked, drawings
-from robbench.figures.styles import TEXT, Styles, curves_of, floats, span, stacked, ticks
+from robbench.figures.styles import NORMS, TEXT, Styles, curves_of, floats, span, stacked, ticks
 from robbench.papers.paper import Strict
-from robbench.threat import NORM_NAMES, parse_eps
+from robbench.threat import parse_eps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 At = str | int | float  # an ε or another parameter, as written
 Points = Mapping[At, float]  # percent
 Kind = Literal["measured", "published", "quoted"]
-NORMS = dict(zip(NORM_NAMES, ("ℓ∞", "ℓ2", "ℓ1", "ℓ0", "none"), strict=True))
 ASIDE = 1.8  # points by which curves are drawn side by side
 
 

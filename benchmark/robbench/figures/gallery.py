@@ -13,14 +13,16 @@ import torch
 from robbench import figures
 from robbench.cell import Cell
 from robbench.checkpoints import Shelf
+from robbench.defense import resolve, version_of
 from robbench.errors import InputError
 from robbench.figures import Drawing, Rows
-from robbench.figures.kept import keep, kept_of, outdated, plan_of
+from robbench.figures.kept import defenses_of, keep, kept_of, outdated, plan_of
 from robbench.papers.claims import Series
 from robbench.papers.inputs import Noting
 from robbench.papers.paper import Binding, Figure
-from robbench.papers.reproduction import Known, Reproduction
-from robbench.runner import Shared, Training
+from robbench.papers.reproduction import Ground, Known, Reproduction
+from robbench.papers.wording import stated
+from robbench.runner import FAILURES, Shared, Training, explained, trainings
 from robbench.tables import as_csv
 
 
@@ -41,24 +43,33 @@ class Gallery:
 
     def cells(self) -> list[Cell]:
         """Those that decide the data of figures."""
-        bindings = [
-            Binding.model_validate(fields)
-            for figure in self.asked.values()
+        return [cell for figure in self.asked.values() for cell in self._behind(figure)]
+
+    def _behind(self, figure: Figure) -> list[Cell]:
+        """The cells that decide the data of a figure."""
+        return [
+            cell
             for fields in _drawing(figure).bindings(figure.arguments)
+            for cell in self.reproduction.cells_of(Binding.model_validate(fields))
         ]
-        return [cell for each in bindings for cell in self.reproduction.cells_of(each)]
+
+    def grounds(self, name: str) -> list[Ground]:
+        """What any figure of the paper is made of: what was attacked, trained or looked at for it,
+        each once; nothing for what is computed from its arguments alone."""
+        figure, made = self.every[name], self.reproduction
+        drawing = _drawing(figure)
+        attacked = [*self._behind(figure), *drawing.attacks(made, figure.arguments)]
+        found = [(cell.dataset, cell.defense, str(cell.n)) for cell in attacked]
+        looked_at = drawing.trainings(made, figure.arguments)
+        found += [(each.dataset, each.defense, "") for each in looked_at]
+        return list(dict.fromkeys(found))
 
     def trainings(self, shelf: Shelf | None = None) -> list[Training]:
         """What data that is to be computed needs trained."""
         found = []
         for drawing, arguments in self._to_compute(shelf):
             found += drawing.trainings(self.reproduction, arguments)
-        for cell in self.attacked(shelf):
-            found += [
-                Training(cell.dataset, spec, cell.train_seed)
-                for spec in (*cell.sources(), cell.defense)
-            ]
-        return found
+        return found + trainings(self.attacked(shelf))
 
     def attacked(self, shelf: Shelf | None = None) -> list[Cell]:
         """The cells that data to be computed needs attacked once more, for their images."""
@@ -78,18 +89,18 @@ class Gallery:
         figure alone is kept, and computed again where it was made of something else."""
         failed = []
         for name, figure in self.asked.items():
-            file = self.data_of(name)
+            data = self.data_of(name)
             try:
                 if not is_computed(figure):
-                    figures.write(file, self._from_records(figure, known))
+                    figures.write(data, self._from_records(figure, known))
                 elif self._outdated(name, shared.shelf):
-                    self._compute(figure, file, shared, known)
-                plot = _drawing(figure).plot(figures.read(file), figure.arguments)
-            except InputError as error:
-                failed.append(f"{name} is not drawn: {error}")
+                    self._compute(figure, data, shared, known)
+                plot = _drawing(figure).plot(figures.read(data), figure.arguments)
+            except FAILURES as error:
+                failed.append(f"{name} is not drawn: {explained(error)}")
                 continue
-            figures.caption(plot, self._stands_for(figure))
-            figures.save(plot, file.with_suffix(""))
+            figures.caption(plot, self._measured_on(name))
+            figures.save(plot, data)
         return failed
 
     def _from_records(self, figure: Figure, known: Known) -> Rows:
@@ -97,30 +108,36 @@ class Gallery:
         sources = figures.Sources(self.reproduction, known, shared)
         return _drawing(figure).data(sources, figure.arguments)
 
-    def _compute(self, figure: Figure, file: Path, shared: Shared, known: Known) -> None:
-        noting, drawing = Noting.over(shared), _drawing(figure)
-        for each in drawing.trainings(self.reproduction, figure.arguments):
-            noting.note(noting.dataset(each.dataset), each.defense)
+    def _compute(self, figure: Figure, data: Path, shared: Shared, known: Known) -> None:
+        noting = Noting.over(shared)
+        defenses = defenses_of(figure, self.reproduction)
+        noting.versions |= {spec: version_of(spec) for spec in defenses}
         sources = figures.Sources(self.reproduction, known, noting)
         begin = perf_counter()
-        rows = drawing.data(sources, figure.arguments)
+        rows = _drawing(figure).data(sources, figure.arguments)
         took = perf_counter() - begin
-        keep(file, rows, plan_of(figure, self.reproduction), noting.inputs(), took)
+        keep(data, rows, plan_of(figure, self.reproduction), noting.inputs(), took)
 
     def _outdated(self, name: str, shelf: Shelf | None = None) -> str | None:
         """Why computed data is not what would be computed now."""
         file, figure = self.data_of(name), self.every[name]
         return outdated(file, figure, self.reproduction, shelf or self.shelf)
 
-    def _stands_for(self, figure: Figure) -> str:
-        """What the figure was measured on, where that is not what the paper names."""
-        overlay, named = self.reproduction.overlay, str(figure.arguments)
-        stands: dict[str, list[str]] = {}
-        for published, there in (*overlay.datasets.items(), *overlay.networks.items()):
-            if published in named:
-                stands.setdefault(there, []).append(published)
-        said = [f"{there} for {' and '.join(names)}" for there, names in stands.items()]
-        return f"scale {self.reproduction.scale}: {', '.join(said)}" if said else ""
+    def _measured_on(self, name: str) -> str:
+        """The grounds of a figure in a line; empty where it has none."""
+        grounds = self.grounds(name)
+        if not grounds:
+            return ""
+        datasets, networks, n, epochs = stated(grounds)
+        draws = {part.draws for _, defense, _ in grounds for part in resolve(defense)} - {1}
+        said = [
+            datasets,
+            networks,
+            f"draws: {'; '.join(map(str, sorted(draws)))}" if draws else "",
+            f"n = {n}" if n else "",
+            f"epochs: {epochs}" if epochs else "",
+        ]
+        return f"scale {self.reproduction.scale}: {' · '.join(filter(None, said))}"
 
     def drawn(self) -> list[str]:
         """The figures of which there is a file."""
@@ -129,16 +146,6 @@ class Gallery:
             for name, figure in self.asked.items()
             if any(map(Path.exists, files_of(figure, self.data_of(name))))
         ]
-
-    def texts(self, known: Known) -> dict[Path, str]:
-        """The CSVs that records alone decide, of the figures that are drawn already; without those
-        whose records are missing."""
-        found = {}
-        for name in self.drawn():
-            if not is_computed(self.asked[name]):
-                with contextlib.suppress(InputError):  # `doubts` says it
-                    found[self.data_of(name)] = as_csv(self._from_records(self.asked[name], known))
-        return found
 
     def seconds(self) -> dict[str, float]:
         """What computing the data of figures took."""
@@ -151,20 +158,30 @@ class Gallery:
 
     def doubts(self, known: Known) -> list[str]:
         """A line for every drawn figure that is not what would be drawn now."""
+        key, scale = self.reproduction.paper.key, self.reproduction.scale
         return [
-            f"{self.data_of(name)} is stale, {why}"
+            f"{line}; run 'robbench reproduce {key}:{name} --scale {scale}'"
             for name in self.drawn()
-            if (why := self._doubt(name, known))
+            if (line := self._doubt(name, known))
         ]
 
     def _doubt(self, name: str, known: Known) -> str | None:
-        if is_computed(self.asked[name]):
-            return self._outdated(name)
+        data, figure = self.data_of(name), self.asked[name]
+        computed = is_computed(figure)
+        if why := self._outdated(name) if computed else self._contradicted(figure, data, known):
+            return f"{data} is stale, {why}"
+        found = ((plot, figures.plot_problem(plot, data)) for plot in figures.plots_of(data))
+        return next((f"{plot}: {why}" for plot, why in found if why), None)
+
+    def _contradicted(self, figure: Figure, data: Path, known: Known) -> str | None:
+        """Why a CSV is not what records say."""
         try:
-            self._from_records(self.asked[name], known)
+            said = as_csv(self._from_records(figure, known))
         except InputError as error:
             return str(error)
-        return None
+        if not data.exists():
+            return "it is missing"
+        return "the records say otherwise" if data.read_bytes() != said.encode() else None
 
     def shown(self) -> dict[str, Figure]:
         """All figures of the paper; those that nobody has drawn yet with that for a reason."""
@@ -195,8 +212,8 @@ def data_of(out: Path, key: str, scale: str, figure: str) -> Path:
 
 def files_of(figure: Figure, data: Path) -> list[Path]:
     """All files of a figure: its CSV, its plots, and what computed data was made of."""
-    kinds = ["csv", "svg", "png", *(["json"] if is_computed(figure) else [])]
-    return [data.with_suffix(f".{kind}") for kind in kinds]
+    made_of = [data.with_suffix(".json")] if is_computed(figure) else []
+    return [data, *figures.plots_of(data), *made_of]
 
 
 def is_computed(figure: Figure) -> bool:

@@ -83,16 +83,17 @@ def outdated(data: Path, figure: Figure, reproduction: Reproduction, shelf: Shel
             return "it is not as it was written"
         if kept.plan != plan_of(figure, reproduction):
             return "the figure or the scale has changed"
-        if unsaid := _defenses(figure, reproduction) - kept.inputs.versions.keys():
+        if unsaid := defenses_of(figure, reproduction) - kept.inputs.versions.keys():
             return f"it does not say the version of {min(unsaid)}"
     except (OSError, InputError) as error:
         return str(error)
     return kept.inputs.outdated(reproduction.load, shelf)
 
 
-def _defenses(figure: Figure, reproduction: Reproduction) -> set[str]:
+def defenses_of(figure: Figure, reproduction: Reproduction) -> set[str]:
     """What the data is computed with."""
     drawing = drawings.get(str(figure.draw))
     trained = drawing.trainings(reproduction, figure.arguments)
     attacked = drawing.attacks(reproduction, figure.arguments)
-    return {each.defense for each in trained} | {each.defense for each in attacked}
+    used = {each.defense for each in trained} | {each.defense for each in attacked}
+    return used | set(drawing.defenses)

@@ -136,7 +136,7 @@ def _cam_data(sources: Sources, arguments: Fields) -> Rows:
     rows: list[dict[str, Any]] = [{**shown, **pixels(images.x[at])}]
     for title in ensembles:
         for member, (heat, place) in enumerate(
-            zip(maps[title][:, at], centres[title][:, at].tolist(), strict=True)
+            zip(maps[title][:, at], centres[title][:, at].tolist(), strict=True), start=1
         ):
             row = {"kind": "member", "series": f"{title}, member {member}", **same}
             row |= {"method": title, "member": member, "x": place[1], "y": place[0]}
@@ -167,7 +167,7 @@ def _cam_plot(rows: Rows, arguments: Fields) -> Canvas:
         own = [row for row in members if row["method"] == title]
         for column, row in enumerate(own, 1):
             if line == 0:
-                axes[0, column].set_title(f"member {column}", fontsize=SMALL, pad=3)
+                axes[0, column].set_title(f"member {row['member']}", fontsize=SMALL, pad=3)
             _heat(axes[line, column], below, row)
         every = [float(r["y"]) for r in rows if r["kind"] == "distance" and r["method"] == title]
         text = f"centres {float(own[0]['distance']):.1f} px apart"
@@ -276,5 +276,5 @@ def _box_plot(rows: Rows, arguments: Fields) -> Canvas:
     return made
 
 
-drawings.add("grad-cam-members", Drawing(_cam_data, _cam_plot, trainings=_trainings))
+drawings.add("grad-cam-members", Drawing(_cam_data, _cam_plot, trainings=_trainings, version=2))
 drawings.add("member-boxes", Drawing(_box_data, _box_plot, trainings=_trainings))

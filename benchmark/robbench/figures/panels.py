@@ -24,7 +24,7 @@ from robbench.figures.images import (
     pixels,
     show,
 )
-from robbench.figures.styles import SMALL
+from robbench.figures.styles import NORMS, SMALL
 from robbench.papers.cells import cell_of
 from robbench.papers.paper import Binding
 from robbench.papers.reproduction import Reproduction
@@ -33,8 +33,6 @@ from robbench.training import derive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
-
-SHORT = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0", "none": "ℓ2"}
 
 
 def _panel_cells(reproduction: Reproduction, arguments: Fields) -> list[Cell]:
@@ -131,7 +129,7 @@ def _panel_plot(rows: Rows, arguments: Fields) -> Canvas:
         if differs:
             other = axes[line, column + 1] if beside else axes[line + 1, column]
             show(other, picture(row, "difference"))
-            length = f"{SHORT[row['norm']]} {float(row['distance']):.2g}"
+            length = f"{NORMS[row['norm']]} {float(row['distance']):.2g}"
             gain = f"× {float(row['gain']):.3g}" if line + step == lines else ""
             text = f"{gain}, {length}" if beside else f"{length}\n{gain}".strip()
             other.set_xlabel(text, fontsize=SMALL, labelpad=2)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from robbench.figures import COLUMN, MARKERS, PALETTE, Rows, canvas
+from robbench.threat import NORM_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -19,6 +20,8 @@ GREY = "#555555"
 MARGIN = 0.05  # of an axis, beside what it shows
 NEAR = 0.05  # of an axis: labels of ticks closer than that would run into each other
 PUBLISHED = "published"
+# without a norm an attack's length is the largest change of a pixel
+NORMS = dict(zip(NORM_NAMES, ("ℓ∞", "ℓ2", "ℓ1", "ℓ0", "ℓ∞"), strict=True))
 
 
 def stacked(panels: int, height: float = PANEL) -> tuple[Canvas, list[Any]]:
@@ -118,7 +121,7 @@ class Styles:
             return
         dashes = DASHES[self.labels.index(label) % len(DASHES)]
         if kind == "quoted":
-            style |= {"markerfacecolor": "white", "label": f"{label} ({PUBLISHED})"}
+            style |= {"markerfacecolor": "white", "label": f"{label} (quoted)"}
             axis.plot(x, y, **style, linestyle=dashes)
             return
         low, high = floats(points, "low"), floats(points, "high")

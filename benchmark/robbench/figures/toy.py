@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from robbench import statistics
 from robbench.defense import Defense, resolve
 from robbench.figures import (
     COLUMN,
@@ -40,14 +41,15 @@ class Toy(Strict):
     Inputs are Gaussian clouds of this spread around the corners of a regular polygon, one corner a
     label. batches: sizes of batches, of all points for the first. Both losses have the same inputs,
     batches, first weights, optimiser (plain SGD) and lr. lam, rate: of center loss; norm: of the
-    centres of MMC. runs: seeds; end points and paths are those of the first.
+    centres of MMC. runs: seeds, over which the intervals are; end points and paths are those of the
+    first.
     """
 
     labels: Annotated[int, Field(ge=2)] = 3
     points: Annotated[int, Field(ge=10)] = 1000
     batches: tuple[Annotated[int, Field(ge=1)], ...] = (1000, 20, 5)
     steps: Annotated[int, Field(ge=2)] = 400
-    runs: Annotated[int, Field(ge=1)] = 3
+    runs: Annotated[int, Field(ge=2)] = 3
     hidden: Annotated[int, Field(ge=1)] = 32
     spread: Positive = 0.35
     lr: Positive = 0.05
@@ -168,8 +170,8 @@ def _toy_rows(
                 found[step].distance if kind == "curve" else found[step].until(found[made.steps])
                 for found, _ in runs
             ]
-            mean = sum(distances) / len(distances)
-            shown = {"y": mean, "low": min(distances), "high": max(distances)}
+            low, high = statistics.runs(distances)
+            shown = {"y": sum(distances) / len(distances), "low": low, "high": high}
             rows.append(
                 {
                     **shared,
@@ -267,4 +269,4 @@ def _ended(axis: Any, rows: Rows) -> None:
         axis.plot(*spots["centre"].T, "X", color="black", markerfacecolor="white", markersize=6)
 
 
-drawings.add("mmc-toy", Drawing(_toy_data, _toy_plot))
+drawings.add("mmc-toy", Drawing(_toy_data, _toy_plot, defenses=("center-loss", "mmc"), version=2))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
+from robbench import statistics
 from robbench.checkpoints import recipe_of
 from robbench.datasets import Dataset
 from robbench.defense import resolve
@@ -74,7 +75,7 @@ def curve(path: Path, part: Part) -> list[Point]:
 
 
 def _curves_data(sources: Sources, arguments: Fields) -> Rows:
-    """Of members that are trained one after the other the mean, with the lowest and the highest."""
+    """Of members that are trained one after the other the mean, with the interval over them."""
     made = checked(Courses, arguments)
     names = [learner.name for panel in made.panels for learner in panel.series]
     rows: list[dict[str, Any]] = []
@@ -83,7 +84,9 @@ def _curves_data(sources: Sources, arguments: Fields) -> Rows:
             behind = f" {panel.name}" if names.count(learner.name) > 1 else ""
             for part in made.parts:
                 suffix = f" {part}" if len(made.parts) > 1 else ""
-                for epoch, values in _course(sources, learner, part):
+                for epoch, found in _course(sources, learner, part):
+                    values = [100 * value for value in found]
+                    low, high = statistics.runs(values) if len(values) > 1 else ("", "")
                     rows.append({
                         "panel": panel.name,
                         "series": learner.name + suffix + behind,
@@ -91,9 +94,9 @@ def _curves_data(sources: Sources, arguments: Fields) -> Rows:
                         "kind": "measured",
                         "part": part,
                         "x": epoch,
-                        "y": 100 * sum(values) / len(values),
-                        "low": 100 * min(values) if len(values) > 1 else "",
-                        "high": 100 * max(values) if len(values) > 1 else "",
+                        "y": sum(values) / len(values),
+                        "low": low,
+                        "high": high,
                     })  # fmt: skip
     return rows
 

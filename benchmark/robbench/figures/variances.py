@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 
 class Watched(Strict):
     """A training that is looked at after every epoch. variance: the series of the sum of variances
-    of its weights, with the panel that it stands in and what the legend calls it; published: points
-    beside it, by epoch. attacked: the attack on the network of every epoch, whose accuracies are
+    of its weights, with the panel that it stands in and what the legend calls it; published: the
+    range in which it lies. attacked: the attack on the network of every epoch, whose accuracies are
     the series of these names."""
 
     defense: str
@@ -43,7 +42,7 @@ class Watched(Strict):
     panel: str = ""
     label: str = ""
     variance: str | None = None
-    published: Mapping[int, float] = {}
+    published: tuple[float, float] | None = None
     attacked: Attacked | None = None
     clean_name: str = "clean accuracy"
     attacked_name: str = "accuracy under attack"
@@ -77,13 +76,13 @@ def _look(sources: Sources, run: Watched, spec: str, dataset: Dataset) -> list[d
     variances: list[dict[str, Any]] = []
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in named}
 
-    def row(series: str, epoch: int, y: float, kind: str = "measured") -> dict[str, Any]:
+    def row(series: str, epoch: int | str, y: float | str) -> dict[str, Any]:
         varies = series not in named
         return {
             "panel": run.panel if varies else "",
             "series": series,
             "label": run.label or str(run.variance) if varies else series,
-            "kind": kind,
+            "kind": "measured",
             "x": epoch,
             "y": y,
             "low": "",
@@ -104,29 +103,38 @@ def _look(sources: Sources, run: Watched, spec: str, dataset: Dataset) -> list[d
 
     shared = sources.shared
     watch(spec, dataset, run.train_seed, shared.device, shared.shelf.folders, look)
-    printed = [
-        row(f"{run.variance} ({PUBLISHED})", epoch, y, PUBLISHED)
-        for epoch, y in run.published.items()
-    ]
-    return [*variances, *printed, *(each for rows in found.values() for each in rows)]
+    if run.published:
+        low, high = run.published
+        printed = row(f"{run.variance} ({PUBLISHED})", "", "")
+        variances.append({**printed, "kind": PUBLISHED, "low": low, "high": high})
+    return [*variances, *(each for rows in found.values() for each in rows)]
 
 
 def _plot_looks(rows: Rows, arguments: Fields) -> Canvas:
-    panels = list(dict.fromkeys(str(row["panel"]) for row in rows))
+    ranges = [row for row in rows if row["kind"] == PUBLISHED]
+    curves = [row for row in rows if row["kind"] != PUBLISHED]
+    panels = list(dict.fromkeys(str(row["panel"]) for row in curves))
     panels.sort(key=lambda panel: not panel)  # that of the accuracies is the last
     figure, axes = stacked(len(panels), 1.5)
-    styles = Styles(rows)
+    styles = Styles(curves)
+    runs = [run for run in checked(Looks, arguments).runs if run.attacked]
+    attacked = "; ".join(", ".join(filter(None, (run.panel, run.label))) for run in runs)
     for axis, panel in zip(axes, panels, strict=True):
-        here = [row for row in rows if row["panel"] == panel]
+        here = [row for row in curves if row["panel"] == panel]
         for points in curves_of(here):
             styles.draw(axis, points)
+        bands = [row for row in ranges if row["panel"] == panel]
+        for row in bands:
+            low, high = float(row["low"]), float(row["high"])
+            color = styles.of(str(row["label"]))["color"]
+            axis.axhspan(low, high, color=color, alpha=0.15, linewidth=0, label=PUBLISHED)
         axis.set_ylabel("sum of variances" if panel else "accuracy (%)", fontsize=TEXT)
-        highest = max(floats(here, "y")) if panel else 100
+        highest = max([*floats(here, "y"), *floats(bands, "high")]) if panel else 100
         axis.set_ylim(-0.04 * highest if not panel else 0, 1.08 * highest)
         span(axis, floats(here, "x"))
         epochs(axis)
-        if panel and len(panels) > 1:
-            axis.set_title(panel, fontsize=TEXT)
+        if len(panels) > 1:
+            axis.set_title(panel or attacked, fontsize=TEXT)
     axes[-1].set_xlabel("epoch", fontsize=TEXT)
     styles.legend(figure, axes, columns=2)
     return figure

@@ -49,8 +49,9 @@ class _Watching(Shelf):
         device: torch.device,
     ) -> None:
         super()._start(defense, members, dataset, train_seed, device)
-        self.members_in_training = members  # the last of all: bases were started within
-        self.begun()
+        if key_of(defense, dataset, train_seed) == self.key:  # bases are trained within
+            self.members_in_training = members
+            self.begun()
 
 
 def watch(

@@ -7,6 +7,6 @@ can be run again. Numbers are facts; the words are ours.
 
 from __future__ import annotations
 
-from robbench.papers.paper import Binding, Paper, Scale, Table, keys, load, select
+from robbench.papers.paper import keys, load, select
 
-__all__ = ["Binding", "Paper", "Scale", "Table", "keys", "load", "select"]
+__all__ = ["keys", "load", "select"]

@@ -16,13 +16,14 @@ from robbench.errors import InputError, unknown
 from robbench.metrics import Measure
 from robbench.papers.costs import timed
 from robbench.papers.derived import outcome
-from robbench.papers.paper import Claim, Counterpart, Number, Paper, Printed
-from robbench.papers.reproduction import SHARES, Line, made_of, shown_value
+from robbench.papers.paper import Claim, Counterpart, Curve, Number, Paper, Printed
+from robbench.papers.reproduction import SHARES, Ground, Line, made_of, shown_value
 from robbench.statistics import Interval
 
 MARGIN = 2  # what is as good as 0, in the unit of the print
 NETWORK, MACHINE = "another network at this scale", "another machine"
 TREND = 0.5  # rank correlation from which on a curve is said to rise or to fall
+TRENDS = ("rises", "falls", "widens", "rises-then-falls")
 
 
 class Point(NamedTuple):
@@ -39,12 +40,19 @@ Series = Mapping[str, Sequence[Point]]
 
 class Judged(NamedTuple):
     """A claim beside its counterpart. measured: in words; holds: yes, no, undecided, or why not;
-    lines: of the counterparts, none for text and curves."""
+    lines: of the counterparts, none for text and curves; behind: what those of a curve were
+    measured on."""
 
     claim: Claim
     measured: str
     holds: str
     lines: tuple[Line, ...] = ()
+    behind: tuple[Ground, ...] = ()
+
+    @property
+    def grounds(self) -> list[Ground]:
+        """All that the counterpart was measured on."""
+        return [*self.behind, *(each for line in self.lines for each in line.behind)]
 
 
 def counterparts(paper: Paper) -> list[Number]:
@@ -73,29 +81,51 @@ def judge(
         return Judged(claim, "", claim.text)
     try:
         if claim.curve:
-            named = series_of(claim.curve.figure)
-            found = [_series(named, name) for name in claim.curve.series]
-            if claim.holds.partition(":")[0] in ("positive", "negative", "zero"):
-                measure = _mean_gap(found)
-                return Judged(claim, _points(measure, None), _holds(claim, measure, 1.0))
-            return Judged(claim, _shown_curve(found[0]), _trend(claim.holds, found))
-        asked = tuple(line_of(_path(each)) for each in _asked(claim))
+            return Judged(claim, *_of_curve(claim, claim.curve, series_of(claim.curve.figure)))
+        lines = {path: line_of(path) for path in map(_path, _asked(claim))}
+        asked = tuple(lines.values())
         missing = [line for line in asked if line.measure is None]
         if missing:
             return Judged(claim, "", missing[0].why, asked)
-        if claim.order:
-            shown, holds = _ordered(list(zip(asked[::2], asked[1::2], strict=True)))
-            return Judged(claim, shown, holds, asked)
-        if claim.differ:
-            measure = difference(asked[0], asked[1])
-            holds = _holds(claim, measure, _factor(asked[0]))
-            return Judged(claim, _points(measure, asked[0].unit), holds, asked)
-        (line,) = asked
-        assert line.measure is not None
-        holds = _elsewhere(claim, line) or _holds(claim, line.measure, _factor(line))
-        return Judged(claim, shown_value(line.measure, line.unit), holds, asked)
+        return Judged(claim, *_of_numbers(claim, lambda each: lines[_path(each)]), asked)
     except InputError as error:
         return Judged(claim, "", str(error))
+
+
+def _of_numbers(claim: Claim, line: Callable[[Counterpart], Line]) -> tuple[str, str]:
+    """What was measured, in words, and whether the claim holds."""
+    if claim.order:
+        sides = [
+            [_largest([line(e) for e in _sides(side)]) for side in pair] for pair in claim.order
+        ]
+        return _ordered([(first, second) for first, second in sides])
+    if claim.count:
+        return _counted(claim, [line(each) for each in claim.count.of], claim.count.below)
+    pairs = [claim.differ] if claim.differ else list(claim.most or claim.least)
+    if pairs:
+        found = [(difference(line(a), line(b)), line(a)) for a, b in pairs]
+        extreme = min if claim.least else max
+        measure, first = extreme(found, key=lambda pair: pair[0].value)
+        return _points(measure, first.unit), _holds(claim, measure, _factor(first))
+    only = line(claim.number or claim.bind)
+    assert only.measure is not None
+    holds = _elsewhere(claim, only) or _holds(claim, only.measure, _factor(only))
+    return shown_value(only.measure, only.unit), holds
+
+
+def _of_curve(claim: Claim, curve: Curve, named: Series) -> tuple[str, str]:
+    """The same of a figure's series, or of one minus another."""
+    found = [_series(named, name) for name in curve.series]
+    if curve.left is not None:
+        measure = _ratio(*(_limit(points, curve.left) for points in found))
+        low, high = measure.interval
+        return f"{measure.value:.3g} ({low:.3g} to {high:.3g})", _holds(claim, measure, 1.0)
+    points = _gaps(found) if len(found) > 1 else [_at(point) for point in found[0]]
+    if claim.holds in TRENDS:
+        return _shown_curve(points), _trend(claim.holds, points)
+    measure = _mean(points)
+    shown = _points(measure, None) if len(found) > 1 else shown_value(measure, None)
+    return shown, _holds(claim, measure, 1.0)
 
 
 def _elsewhere(claim: Claim, line: Line) -> str | None:
@@ -155,8 +185,14 @@ def _asked(claim: Claim) -> list[Counterpart]:
         return [claim.number]
     if claim.bind:
         return [claim.bind]
-    pairs = [claim.differ] if claim.differ else list(claim.order)
-    return [each for pair in pairs for each in pair]
+    if claim.count:
+        return list(claim.count.of)
+    pairs = [claim.differ] if claim.differ else claim.order or claim.most or claim.least
+    return [each for pair in pairs for side in pair for each in _sides(side)]
+
+
+def _sides(side: Counterpart | tuple[Counterpart, ...]) -> tuple[Counterpart, ...]:
+    return side if isinstance(side, tuple) else (side,)
 
 
 def _path(each: Counterpart) -> str:
@@ -174,7 +210,7 @@ def _holds(claim: Claim, measure: Measure, factor: float) -> str:
     if rule == "zero":
         margin = float(limit or MARGIN)
         inside = -margin <= low and high <= margin
-        return "yes" if inside else "no" if low > 0 or high < 0 else "undecided"
+        return "yes" if inside else "no" if low > margin or high < -margin else "undecided"
     if rule in ("positive", "above"):
         return _beyond(low, high, float(limit or 0))
     if rule in ("negative", "below"):
@@ -188,18 +224,14 @@ def _beyond(low: float, high: float, limit: float) -> str:
 
 
 def _near(printed: Printed, low: float, high: float) -> str:
-    """Whether what is printed - `<=1`, `~0.27M x 2`, 85.62 - can be the number behind an interval;
-    a unit of its last digit is what it was rounded to."""
-    match = re.fullmatch(r"([<>]=?|~)?\s*([-+]?\d+(?:\.(\d+))?)([kmM]?)(?: x (\d+))?", str(printed))
+    """Whether what is printed - `~0.27M x 2`, 85.62 - can be the number behind an interval; a unit
+    of its last digit is what it was rounded to."""
+    match = re.fullmatch(r"(~?)\s*([-+]?\d+(?:\.(\d+))?)([kmM]?)(?: x (\d+))?", str(printed))
     if match is None:
         return "undecided"
     size = {"k": 1e3, "m": 1e6, "M": 1e6}.get(match[4], 1.0) * int(match[5] or 1)
     value, unit = size * float(match[2]), size * 10.0 ** -len(match[3] or "")
-    slack = unit if match[1] == "~" else unit / 2
-    if match[1] in (">", ">="):
-        return "yes" if high >= value else "no"
-    if match[1] in ("<", "<="):
-        return "yes" if low <= value else "no"
+    slack = unit if match[1] else unit / 2
     return "yes" if low - slack <= value <= high + slack else "no"
 
 
@@ -215,6 +247,23 @@ def _ordered(pairs: Sequence[tuple[Line, Line]]) -> tuple[str, str]:
     return text, "yes" if clear == len(found) else "no" if against else "undecided"
 
 
+def _largest(lines: Sequence[Line]) -> Line:
+    return max(lines, key=lambda line: line.measure.value if line.measure else -math.inf)
+
+
+def _counted(claim: Claim, lines: Sequence[Line], below: float) -> tuple[str, str]:
+    """How many numbers lie below a limit; those whose intervals contain it may or may not."""
+    limit = below / _factor(lines[0])
+    found = [
+        (m.value, m.interval.high, m.interval.low) for m in (line.measure for line in lines) if m
+    ]
+    value, sure, possible = (np.array(found) < limit).sum(axis=0).tolist()
+    measure = Measure(float(value), Interval(float(sure), float(possible)))
+    low, high = measure.interval
+    shown = f"{measure.value:.0f} ({low:.0f} to {high:.0f}) of {len(lines)}"
+    return shown, _holds(claim, measure, 1.0)
+
+
 def _points(measure: Measure, unit: str | None) -> str:
     factor, name = (100.0, " points") if unit in SHARES else (1.0, "")
     low, high = (factor * bound for bound in measure.interval)
@@ -227,8 +276,8 @@ def _series(named: Series, name: str) -> list[Point]:
     return sorted(named[name], key=lambda point: point.x)
 
 
-def _shown_curve(points: Sequence[Point]) -> str:
-    first, middle, last = points[0].y, points[len(points) // 2].y, points[-1].y
+def _shown_curve(points: Sequence[Measure]) -> str:
+    first, middle, last = (points[at].value for at in (0, len(points) // 2, -1))
     return f"from {first:.4g} over {middle:.4g} to {last:.4g}"
 
 
@@ -243,12 +292,11 @@ def _gaps(found: Sequence[Sequence[Point]]) -> list[Measure]:
     return [apart(_at(one), _at(other)) for one, other in zip(*found, strict=True)]
 
 
-def _mean_gap(found: Sequence[Sequence[Point]]) -> Measure:
-    """The mean of first - second over the points they share. Its interval: the mean of theirs, as
-    points on the same images err together; of points without one the t interval over points."""
-    gaps = _gaps(found)
-    values = np.array([gap.value for gap in gaps])
-    bounds = np.array([gap.interval for gap in gaps])
+def _mean(curve: Sequence[Measure]) -> Measure:
+    """The mean over points. Its interval: the mean of theirs, as points on the same images err
+    together; of points without one the t interval over points."""
+    values = np.array([measure.value for measure in curve])
+    bounds = np.array([measure.interval for measure in curve])
     if np.isnan(bounds).any():
         low, high = ttest_1samp(values, 0.0).confidence_interval(0.95)
         return Measure(float(values.mean()), Interval(float(low), float(high)))
@@ -256,20 +304,38 @@ def _mean_gap(found: Sequence[Sequence[Point]]) -> Measure:
     return Measure(float(values.mean()), Interval(float(low), float(high)))
 
 
-def _trend(rule: str, found: Sequence[Sequence[Point]]) -> str:
-    curve = _gaps(found) if rule == "widens" else [_at(point) for point in found[0]]
+def _limit(points: Sequence[Point], left: float) -> Measure:
+    """The least x at which no more than `left` is left, and where it may be; infinite where more is
+    left everywhere."""
+
+    def first(field: str) -> float:
+        reached = (point.x for point in points if getattr(point, field) <= left)
+        return next(reached, math.inf)
+
+    return Measure(first("y"), Interval(first("low"), first("high")))
+
+
+def _ratio(first: Measure, second: Measure) -> Measure:
+    """First / second of two limits; nan where both lie beyond the points."""
+    (x, (x_low, x_high)), (y, (y_low, y_high)) = first, second
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, low, high = np.divide((x, x_low, x_high), (y, y_high, y_low)).tolist()
+    return Measure(value, Interval(low, high))
+
+
+def _trend(rule: str, curve: Sequence[Measure]) -> str:
+    y = np.array([measure.value for measure in curve])
+    if np.isnan(y).any():
+        return "not defined here"
     if rule == "rises-then-falls":
         return _peaks(curve)
-    signs = {"rises": 1, "widens": 1, "falls": -1}
-    if rule not in signs:
-        raise unknown("rule of a curve", rule, [*signs, "rises-then-falls"])
-    y = np.array([measure.value for measure in curve])
-    if np.all(y == y[0]):
-        return "no"
-    slope = signs[rule] * float(spearmanr(np.arange(len(y)), y).statistic)
+    if np.all(y == y[0]):  # flat, as far as the intervals tell
+        return "undecided" if curve[0].interval.low < curve[0].interval.high else "no"
+    sign = -1 if rule == "falls" else 1
+    slope = sign * float(spearmanr(np.arange(len(y)), y).statistic)
     if abs(slope) < TREND:
         return "undecided"
-    low, high = sorted(signs[rule] * bound for bound in apart(curve[-1], curve[0]).interval)
+    low, high = sorted(sign * bound for bound in apart(curve[-1], curve[0]).interval)
     if slope > 0:
         return "undecided" if low <= 0 else "yes"  # nan, of a curve without intervals: its trend
     return "undecided" if high >= 0 else "no"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +14,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
 
 from robbench.checkpoints import key_of
 from robbench.datasets import Dataset
-from robbench.datasets.dataset import take
+from robbench.datasets.dataset import shortened
 from robbench.defense import Defense, resolve
 from robbench.errors import InputError, problem_of, unknown
 from robbench.metrics import Measure
@@ -88,8 +87,7 @@ def _batches(defense: Defense, dataset: Dataset, shared: Noting) -> Take:
     (whole,) = resolve(defense.training_spec)
     brief = whole.model_copy(update={"epochs": 1})
     count = min(BATCHES * whole.batch_size, len(dataset.train.y))
-    validation = take(dataset.validation, range(min(1, len(dataset.validation.y))))
-    few = replace(dataset, train=take(dataset.train, range(count)), validation=validation)
+    few = shortened(dataset, count, 1)
     steps, all_steps = (-(-size // whole.batch_size) for size in (count, len(dataset.train.y)))
     with preserved_random_state():
         key = key_of(whole, dataset, 0)
@@ -156,25 +154,30 @@ def _look_up(binding: Binding) -> Function:
     return FUNCTIONS[name]
 
 
+def _sides(binding: Binding, scale: Scale) -> list[tuple[Binding, Training]]:
+    """What a cost is of and, where it is a ratio, the same with the fields of arguments.over."""
+    arguments = dict(binding.arguments)
+    over = arguments.pop("over", None)
+    own = binding.model_copy(update={"arguments": arguments})
+    made = []
+    for side in [own, own.model_copy(update=over)] if over else [own]:
+        assert side.defense and side.dataset
+        made.append((side, training_of(side.defense, side.dataset, scale)))
+    return made
+
+
 def cost_key(binding: Binding, scale: Scale) -> str:
     """What a cost is kept under: the function, its arguments and the defense as it is here."""
-    assert binding.defense and binding.dataset
-    arguments = {key: value for key, value in binding.arguments.items() if key != "over"}
-    made = training_of(binding.defense, binding.dataset, scale)
-    parts = [str(binding.function), made.defense, made.dataset]
-    parts += [f"{key}={value}" for key, value in sorted(arguments.items())]
-    if over := binding.arguments.get("over"):
-        other = binding.model_copy(update={"arguments": arguments, **over})
-        parts.append(f"over {cost_key(other, scale)}")
-    return " · ".join(parts)
+    parts = []
+    for side, made in _sides(binding, scale):
+        given = [f"{key}={value}" for key, value in sorted(side.arguments.items())]
+        parts.append(" · ".join([str(side.function), made.defense, made.dataset, *given]))
+    return " · over ".join(parts)
 
 
 def deployed(binding: Binding, scale: Scale) -> list[Training]:
     """What a cost is of, and what it is over."""
-    assert binding.defense and binding.dataset
-    over = binding.arguments.get("over")
-    names = [binding.defense, *([over["defense"]] if over else [])]
-    return [training_of(name, binding.dataset, scale) for name in names]
+    return [made for _, made in _sides(binding, scale)]
 
 
 def counted(binding: Binding, scale: Scale, load: Load) -> float:
@@ -188,10 +191,11 @@ def measure_cost(binding: Binding, scale: Scale, load: Load, shared: Shared) -> 
     """The cost, or its ratio to that of arguments.over: the median of the rounds. InputError where
     there is none to be had."""
     function, noting = _look_up(binding), Noting.over(shared)
-    made_of = deployed(binding, scale)
-    dataset, specs = load(made_of[0].dataset), [each.defense for each in made_of]
-    noting.note(dataset, *specs)
-    takes = [function.prepare(spec, dataset, noting, binding.arguments) for spec in specs]
+    takes = []
+    for side, made in _sides(binding, scale):
+        dataset = load(made.dataset)
+        noting.note(dataset, made.defense)
+        takes.append(_look_up(side).prepare(made.defense, dataset, noting, side.arguments))
     rounds = np.array([[take() for take in takes] for _ in range(function.rounds)])
     if not np.isfinite(rounds).all() or (rounds[:, 1:] == 0).any():
         raise InputError(f"{binding.function} cannot be measured on {shared.device} here")

@@ -16,6 +16,7 @@ from robbench.errors import InputError, unknown
 from robbench.metrics import Measure, counts, metrics, share
 from robbench.metrics.detection import auc
 from robbench.metrics.diversity import entropy_measure
+from robbench.metrics.uncertainty import variability
 from robbench.papers.paper import Binding
 from robbench.records import Record
 from robbench.registry import Spec
@@ -123,21 +124,24 @@ def _entropy(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure
 
 
 def _spread(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
-    """The standard deviation of the accuracy over runs (ddof = 1), with the interval of that of a
+    """The standard deviation of the measure over runs (ddof = 1), with the interval of that of a
     normal law (χ² with one degree of freedom less than runs)."""
-    spread, freedom = float(np.std(_accuracies(records), ddof=1)), len(records) - 1
+    means = [float(outcome(record, arguments["measure"]).mean()) for record in records]
+    spread, freedom = float(np.std(means, ddof=1)), len(records) - 1
     low, high = spread * np.sqrt(freedom / chi2.ppf((0.975, 0.025), freedom))
     return Measure(spread, Interval(float(low), float(high)))
 
 
+def _mean_of_runs(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
+    """The mean accuracy over runs, with the interval over images and runs."""
+    found = variability(records, lambda record: outcome(record, arguments["measure"]))
+    return Measure(found.mean, found.interval)
+
+
 def _mean(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
-    """The mean accuracy over runs, with the interval of the per-image means."""
+    """The mean accuracy over defenses, with the interval of the per-image means."""
     right = np.mean([outcome(record, arguments["measure"]) for record in records], axis=0)
     return share(right, sum(record.draws for record in records))
-
-
-def _accuracies(records: Sequence[Record]) -> list[float]:
-    return [float(outcome(record, "accuracy").mean()) for record in records]
 
 
 def _distance(records: Sequence[Record], arguments: Mapping[str, Any]) -> Measure:
@@ -177,7 +181,7 @@ DERIVED: Mapping[str, Derived] = {
     "difference": Derived(_against, _difference),
     "entropy": Derived(_members, _entropy),
     "spread": Derived(_runs, _spread),
-    "mean-of-runs": Derived(_runs, _mean),
+    "mean-of-runs": Derived(_runs, _mean_of_runs),
     "member-transfer": Derived(_between_members, _mean),
     "mean-distance": Derived(_itself, _distance),
     "auc": Derived(_itself, _auc),

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import mean, median
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ from torch import nn
 from robbench import networks
 from robbench.cell import Cell
 from robbench.datasets import Dataset
-from robbench.datasets.dataset import take
+from robbench.datasets.dataset import shortened
 from robbench.defense import Defense, resolve
 from robbench.environment import environment
 from robbench.errors import InputError
@@ -189,7 +189,7 @@ class _Clock:
         groups = 1
         if not defense.joint:  # one after the other, each as long
             defense, groups = defense.model_copy(update={"members": 1}), defense.members
-        same = {name: Optimisation.model_fields[name].default for name in SCHEDULE}
+        same = {each: Optimisation.model_fields[each].default for each in SCHEDULE}
         brief = defense.model_copy(update={**same, "epochs": 1})
         key = (str(brief.spec), name)
         answer = self._pass("answer", brief, dataset, BATCH) * brief.size
@@ -236,7 +236,7 @@ class _Clock:
         beside = [  # what the attack does between its passes, and passes of few images
             run.seconds / self._passed(run.cell, run.passes, self.shard(run.cell))
             for run in found
-            if run.seconds is not None and run.cell.dataset == cell.dataset
+            if run.seconds is not None and run.cell.dataset == cell.dataset and run.passes.weight
         ]
         return took * max(1.0, median(beside) if beside else 1.0)
 
@@ -290,11 +290,7 @@ def _trained(defense: Defense, dataset: Dataset, device: torch.device, answer: f
     looks at its end; answer: seconds of one image in such a look."""
 
     def once(count: int) -> float:
-        few = replace(
-            dataset,
-            train=take(dataset.train, range(count)),
-            validation=take(dataset.validation, range(min(1, len(dataset.validation.y)))),
-        )
+        few = shortened(dataset, count, 1)
         brief = defense.model_copy(update={"batch_size": min(count, defense.batch_size)})
         with preserved_random_state():
             members = brief.build(dataset.shape, len(dataset.labels))

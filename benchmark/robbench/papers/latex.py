@@ -12,11 +12,12 @@ from itertools import groupby
 from pathlib import Path
 
 from robbench.papers.claims import Judged
-from robbench.papers.paper import Paper
+from robbench.papers.paper import CLAIMS, Paper
 from robbench.papers.reproduction import Line
 from robbench.papers.wording import (
     HEADS,
     SCALED,
+    behind,
     brief,
     described,
     footnotes,
@@ -30,10 +31,10 @@ LINES = 44  # of a table that fits a page
 SIGNS_OF_LINE = 85  # of \footnotesize, over the whole width
 MATH = {
     "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "ε": r"\varepsilon", "ζ": r"\zeta",
-    "κ": r"\kappa", "λ": r"\lambda", "μ": r"\mu", "σ": r"\sigma", "χ": r"\chi", "ω": r"\omega",
-    "Δ": r"\Delta", "ℓ": r"\ell", "∞": r"\infty", "×": r"\times", "·": r"\cdot", "±": r"\pm",
-    "°": r"^\circ", "²": "^2", "≤": r"\leq", "≥": r"\geq", "<": "<", ">": ">", "|": "|",
-    "‖": r"\|", "½": r"\frac12",
+    "θ": r"\theta", "κ": r"\kappa", "λ": r"\lambda", "μ": r"\mu", "σ": r"\sigma", "χ": r"\chi",
+    "ω": r"\omega", "Δ": r"\Delta", "ℓ": r"\ell", "∞": r"\infty", "×": r"\times", "·": r"\cdot",
+    "±": r"\pm", "°": r"^\circ", "²": "^2", "≤": r"\leq", "≥": r"\geq", "<": "<", ">": ">",
+    "|": "|", "‖": r"\|", "½": r"\frac12",
 }  # fmt: skip
 SIGNS = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -57,7 +58,7 @@ def latex_table(
     groups: list[Group] = []
     for title, group in groupby(lines, label):
         row = list(group)
-        said = "; ".join(described(row))
+        said = "; ".join(described(behind(row)))
         above = f"{title}: {said}" if said else title
         groups.append((above, [brief(line, marks) for line in row]))
     caption = (
@@ -73,14 +74,14 @@ def latex_claims(paper: Paper, judged: Sequence[Judged], scale: str) -> str:
     marks, notes = footnotes(judged)
     groups: list[Group] = []
     for each, mark in zip(judged, marks, strict=True):
-        said = "; ".join(described(each.lines))
+        said = "; ".join(described(each.grounds))
         above = f"{each.claim.where}: {each.claim.what}{mark}" + (f". {said}" if said else "")
         below = [published(each.claim), each.measured, rule(each.claim), each.holds]
         groups.append((above, [below]))
     heads = ["published", "measured", "holds if", "holds here"]
     caption = f"Claims, measured with robbench at the scale {scale}: {SCALED[scale]}; made by"
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-    return _floats(paper, "claims", heads, (0.2, 0.26, 0.26, 0.24), groups, caption, numbered)
+    return _floats(paper, CLAIMS, heads, (0.2, 0.26, 0.26, 0.24), groups, caption, numbered)
 
 
 def latex_figure(paper: Paper, name: str, file: Path, scale: str) -> str:

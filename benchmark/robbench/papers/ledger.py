@@ -10,7 +10,6 @@ import torch
 
 from robbench.checkpoints import Shelf
 from robbench.defense import resolve
-from robbench.errors import InputError
 from robbench.metrics import Measure
 from robbench.papers.claims import counterparts
 from robbench.papers.costs import (
@@ -25,7 +24,7 @@ from robbench.papers.costs import (
 )
 from robbench.papers.paper import Binding, Number
 from robbench.papers.reproduction import Reproduction
-from robbench.runner import Shared, Training
+from robbench.runner import FAILURES, Shared, Training, explained
 
 
 class Ledger:
@@ -93,8 +92,8 @@ class Ledger:
             overlay, load = self.reproduction.overlay, self.reproduction.load
             try:
                 found = measure_cost(binding, overlay, load, shared)
-            except InputError as error:
-                failed.append(f"not measured: {key} ({error})")
+            except FAILURES as error:
+                failed.append(f"not measured: {key} ({explained(error)})")
                 continue
             kept = {**read_costs(self.file), key: found}
             write_costs(self.file, {k: v for k, v in kept.items() if k in self.every})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from robbench.papers.paper import keys, load
+from robbench.papers.paper import CLAIMS, keys, load
 
 
 def listing() -> str:
@@ -18,7 +18,7 @@ def listing() -> str:
         for name, figure in paper.figures.items():
             said = figure.shows if figure.reason is None else f"not drawn: {figure.reason}"
             lines.append(_line(f"{key}:{name}", said))
-        lines.append(_line(f"{key}:claims", f"{len(paper.claims)} claims of the text"))
+        lines.append(_line(f"{key}:{CLAIMS}", f"{len(paper.claims)} claims of the text"))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

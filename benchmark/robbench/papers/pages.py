@@ -16,6 +16,7 @@ from robbench.papers.wording import (
     HEADS,
     MADE,
     SCALED,
+    behind,
     brief,
     described,
     footnotes,
@@ -45,7 +46,7 @@ def text_table(table: Table, lines: Sequence[Line], notes: Sequence[str]) -> str
     widths = _widths([HEADS, *rows])
     for title, group in groupby(zip(lines, rows, strict=True), lambda pair: label(pair[0])):
         row, body = zip(*group, strict=True)
-        parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(row))]
+        parts += [textwrap.fill(title, 80), *(_indented(each) for each in described(behind(row)))]
         parts.append(tabulate(body, HEADS, "plain", disable_numparse=True, maxcolwidths=widths))
     parts += [_note(text, mark) for text, mark in marks.items()]
     return "\n".join([*parts, *map(_note, notes)])
@@ -71,7 +72,7 @@ def markdown_table(name: str, table: Table, lines: Sequence[Line], notes: Sequen
     them the footnotes."""
     if table.columns:
         body = [
-            [label(line), line.number.column, *values(line), *stated([line]), _attacked(line)]
+            [label(line), line.number.column, *values(line), *stated(line.behind), _attacked(line)]
             for line in lines
         ]
         heads = [", ".join(table.heads), "column", *SHOWN, *MADE, "attack"]
@@ -79,8 +80,12 @@ def markdown_table(name: str, table: Table, lines: Sequence[Line], notes: Sequen
     else:  # nothing but words
         grid = tabulated([list(row.labels) for row in table.rows], list(table.heads))
     taken = f" Attacks took {_attacks(lines)} of one core." if table.columns else ""
-    parts = [f"## {name}: {table.title}", f"{unit(table).capitalize()}.{taken}", grid]
+    parts = [f"## {name}: {table.title}", f"{_capital(unit(table))}.{taken}", grid]
     return "\n\n".join([*parts, *_listed(notes)])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _listed(notes: Sequence[str]) -> list[str]:
@@ -109,7 +114,7 @@ def claims_table(judged: Sequence[Judged]) -> str:
             each.measured,
             rule(each.claim),
             each.holds,
-            *stated(each.lines),
+            *stated(each.grounds),
         ]
         for each, mark in zip(judged, marks, strict=True)
     ]
@@ -123,7 +128,7 @@ def claims_text(judged: Sequence[Judged]) -> str:
     parts = [f"{textwrap.fill(summary(judged), 80)}\n"]
     for each in judged:
         parts.append(textwrap.fill(_said(each), 80, initial_indent="- ", subsequent_indent="  "))
-        parts += map(_indented, described(each.lines))
+        parts += map(_indented, described(each.grounds))
         parts += [_indented(f"note: {each.claim.note}")] if each.claim.note else []
     return "\n".join(parts)
 
@@ -141,18 +146,19 @@ def page(
     tables: Mapping[str, Sequence[Line]],
     judged: Sequence[Judged],
     figures: Mapping[str, Figure],
+    attacked: float,
     trained: float,
     took: Mapping[str, float],
 ) -> str:
-    """The page of a paper at one scale, as markdown. trained: seconds of all its trainings; took:
-    of the data of a figure that was computed."""
+    """The page of a paper at one scale, as markdown. attacked, trained: seconds of all its attacks
+    and trainings; took: of the data of a figure that was computed."""
     taken = {line.number.path: line for lines in tables.values() for line in lines}
     missing = sum(line.measure is None and bool(line.cells) for line in taken.values())
     parts = [
         f"# {paper.title}",
         f"{', '.join(paper.authors)}. {paper.venue}. Scale `{scale}`: {SCALED[scale]}.",
         f"{len(taken)} published numbers in {len(tables)} tables; {missing} are not measured yet."
-        f" Attacks took {_attacks(list(taken.values()))} of one core, trainings {_hours(trained)}.",
+        f" All attacks took {_hours(attacked)} of one core, trainings {_hours(trained)}.",
     ]
     notes = notes_of(paper, tables)
     for name, lines in tables.items():
@@ -181,7 +187,7 @@ def _figures(
 def _attacks(lines: Sequence[Line]) -> str:
     """How long the attacks behind these numbers took, each once."""
     seconds = {
-        record.id: record.cost.get("seconds", 0.0)
+        record.id: record.cost["seconds"]
         for line in lines
         for record in (*line.records, *([line.strongest] if line.strongest else []))
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,7 +15,9 @@ from robbench.errors import InputError, unknown
 Kind = Literal["cell", "derived", "cost", "quoted", "text"]
 Printed = float | int | str | None  # as printed: "<=1", "~2", "O(K^2)" stay text
 ALONE = "alone "  # begins the path of a number that only a claim or a figure has
-SCALES = ("smoke", "cpu", "paper")
+CLAIMS = "claims"  # all of them, as a part of the paper
+ScaleName = Literal["smoke", "cpu", "paper"]
+SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
 
 
 class Strict(BaseModel):
@@ -128,26 +130,44 @@ class Table(Strict):
 
 
 Counterpart = str | Mapping[str, Any]  # the path of a number, or the fields of a binding
+Side = Counterpart | tuple[Counterpart, ...]
 
 
 class Curve(Strict):
-    """Series of a figure's data."""
+    """Series of a figure's data. left: asks for the least x at which no more than this is left, of
+    the first series over that of the second."""
 
     figure: str
     series: tuple[str, ...]
+    left: float | None = None
+
+    @model_validator(mode="after")
+    def _paired(self) -> Curve:
+        if not 1 <= len(self.series) <= 2 or (self.left is not None and len(self.series) != 2):
+            raise ValueError(f"curve of {self.figure}: give one series or two, and two with left")
+        return self
+
+
+class Count(Strict):
+    """How many of these numbers lie below a limit, in the unit of their table."""
+
+    of: tuple[Counterpart, ...]
+    below: float
 
 
 class Claim(Strict):
     """What a paper says in words, and its measured counterpart: one of
 
     number: the path of a number of a table that it repeats. bind: a binding of its own. differ: one
-    minus another; order: pairs of which the first must be the larger - each either the path of a
-    number or a binding. curve: of a figure's data (figure, series). text: why nothing measures it.
+    minus another; most, least: the largest and the smallest of such differences; order: pairs of
+    which the first must be the larger, where several numbers on a side stand for the largest of
+    them; count: of those below a limit - each either the path of a number or a binding. curve: of a
+    figure's data (figure, series). text: why nothing measures it.
 
     holds: what must be true of it, in the unit of the print - `near`: the printed value lies in its
     interval; `positive`, `negative`: its interval lies on one side of 0; `zero:X`: within ± X (2);
     `below:X`, `above:X`: all of it does; of a curve `rises`, `falls`, `rises-then-falls`, `widens`
-    (two series), or `positive`, `negative`, `zero:X` of the mean of one series minus another.
+    (two series: of one minus the other), or any of the rules before of the mean over its points.
     """
 
     what: str
@@ -157,7 +177,10 @@ class Claim(Strict):
     number: str | None = None
     bind: Mapping[str, Any] = {}
     differ: tuple[Counterpart, Counterpart] | None = None
-    order: tuple[tuple[Counterpart, Counterpart], ...] = ()
+    most: tuple[tuple[Counterpart, Counterpart], ...] = ()
+    least: tuple[tuple[Counterpart, Counterpart], ...] = ()
+    order: tuple[tuple[Side, Side], ...] = ()
+    count: Count | None = None
     curve: Curve | None = None
     holds: str = "near"
     text: str | None = None
@@ -165,11 +188,9 @@ class Claim(Strict):
 
     @model_validator(mode="after")
     def _one_counterpart(self) -> Claim:
-        ways = (self.number, self.bind, self.differ, self.order, self.curve, self.text)
-        if sum(map(bool, ways)) != 1:
-            raise ValueError(
-                f"claim {self.what!r}: give one of number, bind, differ, order, curve and text"
-            )
+        ways = ("number", "bind", "differ", "most", "least", "order", "count", "curve", "text")
+        if sum(bool(getattr(self, way)) for way in ways) != 1:
+            raise ValueError(f"claim {self.what!r}: give one of {', '.join(ways)}")
         return self
 
 
@@ -229,7 +250,7 @@ class Paper(Strict):
     tables: Mapping[str, Table]
     claims: tuple[Claim, ...] = ()
     figures: Mapping[str, Figure] = {}
-    scales: Mapping[Literal["smoke", "cpu", "paper"], Scale]
+    scales: Mapping[ScaleName, Scale]
 
     def numbers(self, tables: Sequence[str] | None = None) -> list[Number]:
         """The printed numbers of these tables, all by default."""
@@ -265,7 +286,7 @@ def select(text: str) -> tuple[Paper, str | None]:
     all of it, None. InputError with the nearest name."""
     key, colon, part = text.partition(":")
     paper = load(key)
-    known = [*paper.tables, *paper.figures, "claims"]
+    known = [*paper.tables, *paper.figures, CLAIMS]
     if colon and part not in known:
         if not part:
             raise InputError(f"{text} names no part; 'robbench reproduce' lists them")

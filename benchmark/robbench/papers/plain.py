@@ -45,7 +45,7 @@ def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
         "strongest_attack": strongest.cell.attack if strongest else "",
         "badge": badge(line.audited) if line.audited and measure else "",
         "reason": line.why,
-        **dict(zip(MADE, stated([line]), strict=True)),
+        **dict(zip(MADE, stated(line.behind), strict=True)),
         "defense": cell.defense if cell else "",
         "attack": cell.attack if cell else "",
         "norm": cell.threat.norm if cell else "",
@@ -70,7 +70,7 @@ def flat_claim(paper: Paper, scale: str, each: Judged) -> dict[str, Any]:
         "rule": rule(each.claim),
         "holds": each.holds,
         "note": each.claim.note or "",
-        **dict(zip(MADE, stated(each.lines), strict=True)),
+        **dict(zip(MADE, stated(each.grounds), strict=True)),
         "cells": _ids(each.lines),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from robbench.audit import Audited, audit, badge
+from robbench.audit import Audited, audit, badge, is_diagnostic
 from robbench.audit.case import parts_of
 from robbench.cell import Cell
 from robbench.datasets import Dataset
@@ -23,6 +23,7 @@ from robbench.siblings import network_of
 from robbench.tables import with_interval
 
 SHARES = ("percent", "AUC x 1e-2")  # units whose numbers are printed a hundred times as large
+Ground = tuple[str, str, str]  # dataset, defense and n of what was measured; no n: not by images
 
 
 class Line(NamedTuple):
@@ -39,9 +40,15 @@ class Line(NamedTuple):
     deployed: tuple[Training, ...] = ()  # behind a cost
 
     @property
+    def behind(self) -> list[Ground]:
+        """All that the number was measured on."""
+        cells = [(cell.dataset, cell.defense, str(cell.n)) for cell in self.cells]
+        return cells + [(each.dataset, each.defense, "") for each in self.deployed]
+
+    @property
     def seconds(self) -> float:
         """What the attacks on these cells took."""
-        return sum(record.cost.get("seconds", 0.0) for record in self.records)
+        return sum(record.cost["seconds"] for record in self.records)
 
 
 @dataclass
@@ -74,15 +81,17 @@ class Reproduction:
             self._cells[key] = [cell_of(each, self.overlay, self.load) for each in found]
         return self._cells[key]
 
-    def plan(self, numbers: Sequence[Number]) -> list[Cell]:
-        """All cells that these numbers need; last the strongest attacks beside those of tables."""
+    def plan(self, numbers: Sequence[Number], tables: Sequence[str]) -> list[Cell]:
+        """All cells that these numbers need; last the strongest attacks beside those of these
+        tables, as what stands alone is shown without a verdict."""
         cells: dict[str, Cell] = {}
         beside: dict[str, Cell] = {}
         for number in numbers:
             for cell in self.cells_of(number.binding):
                 cells.setdefault(cell.id, cell)
-                suite = self.strongest(number.binding, cell) if number.in_table else None
-                if suite:  # what stands alone is shown without a verdict
+                shown = number.path.partition("/")[0] in tables
+                suite = self.strongest(number.binding, cell) if shown else None
+                if suite:
                     beside.setdefault(suite.id, suite)
         return list({**cells, **beside}.values())
 
@@ -90,7 +99,7 @@ class Reproduction:
         """The suite beside one cell of a number, where the number is an accuracy under attack."""
         if not comparable(binding, cell):
             return None
-        key = repr(threat_of(cell))
+        key = repr((threat_of(cell), min(cell.n, self.overlay.strongest_n or cell.n)))
         if key not in self._suites:
             self._suites[key] = strongest_of(cell, self.overlay, self.load)
         return self._suites[key]
@@ -173,8 +182,11 @@ def by_threat(records: Sequence[Record], least: int) -> dict[tuple[object, ...],
     """Of every defense and threat the attacks for an error, on `least` images or more."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        if record.status == "ok" and record.cell.n >= least and record.cell.threat.goal == "error":
-            found.setdefault(threat_of(record.cell), []).append(record)
+        cell = record.cell
+        if record.status != "ok" or cell.n < least or is_diagnostic(cell):
+            continue
+        if cell.threat.goal == "error":
+            found.setdefault(threat_of(cell), []).append(record)
     return found
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from robbench.audit import CHECKS
 from robbench.papers.claims import MARGIN, TREND, Judged
 from robbench.papers.paper import Claim, Paper, Table
-from robbench.papers.reproduction import Line, made_of, shown_strongest, shown_value, verdict
+from robbench.papers.reproduction import (
+    Ground,
+    Line,
+    made_of,
+    shown_strongest,
+    shown_value,
+    verdict,
+)
 
 SCALED = {
     "smoke": "digits, tiny networks, one epoch: shows that everything runs, and nothing else",
@@ -32,11 +39,9 @@ RULES = {
 }
 
 
-def grounds(lines: Sequence[Line]) -> list[tuple[str, str, str, str]]:
-    """Dataset, networks, n and epochs of everything behind these numbers, each combination once; n
-    is empty for a cost."""
-    behind = [(cell.dataset, cell.defense, str(cell.n)) for line in lines for cell in line.cells]
-    behind += [(each.dataset, each.defense, "") for line in lines for each in line.deployed]
+def grounds(behind: Iterable[Ground]) -> list[tuple[str, str, str, str]]:
+    """Dataset, networks, n and epochs of all this, each combination once; n is empty for what is
+    not measured by images."""
     found = []
     for dataset, defense, n in dict.fromkeys(behind):
         networks, epochs = made_of(defense)
@@ -44,25 +49,23 @@ def grounds(lines: Sequence[Line]) -> list[tuple[str, str, str, str]]:
     return list(dict.fromkeys(found))
 
 
-def stated(lines: Sequence[Line]) -> list[str]:
+def stated(behind: Iterable[Ground]) -> list[str]:
     """The same as four columns: one value where all agree, else all that occur."""
-    columns = zip(*grounds(lines), strict=True)
+    columns = zip(*grounds(behind), strict=True)
     return ["; ".join(dict.fromkeys(filter(None, each))) for each in columns] or [""] * len(MADE)
 
 
-def described(lines: Sequence[Line]) -> list[str]:
+def described(behind: Iterable[Ground]) -> list[str]:
     """The same as `digits · resnet8 · n = 200 · 20 epochs`."""
     return [
-        " · ".join(
-            [
-                dataset,
-                networks,
-                *([f"n = {n}"] if n else []),
-                _epochs(epochs),
-            ]
-        )
-        for dataset, networks, n, epochs in grounds(lines)
+        " · ".join([dataset, networks, *([f"n = {n}"] if n else []), _epochs(epochs)])
+        for dataset, networks, n, epochs in grounds(behind)
     ]
+
+
+def behind(lines: Sequence[Line]) -> list[Ground]:
+    """What these numbers were measured on."""
+    return [each for line in lines for each in line.behind]
 
 
 def _epochs(count: str) -> str:
@@ -107,7 +110,13 @@ def notes_of(paper: Paper, tables: Mapping[str, Sequence[Line]]) -> dict[str, li
     for name, lines in tables.items():
         measured = [[cell.id for cell in line.cells] for line in lines if line.cells]
         shared = Counter(first[ids[0]] for ids in measured if first.keys() >= set(ids))
-        notes[name] = [*paper.tables[name].notes, *_shared(shared, len(measured)), *_flags(lines)]
+        notes[name] = [
+            *paper.tables[name].notes,
+            *_shared(shared, len(measured)),
+            *_bare(lines),
+            *_other_settings(lines),
+            *_flags(lines),
+        ]
         for ids in measured:
             for each in ids:
                 first.setdefault(each, name)
@@ -122,6 +131,27 @@ def _shared(shared: Mapping[str, int], total: int) -> list[str]:
         f"At this scale {sum(shared.values())} of {total} numbers share their cells with another"
         f" table: {', '.join(parts)}."
     ]
+
+
+def _bare(lines: Sequence[Line]) -> list[str]:
+    """Why numbers that are derived from attacks have no verdict."""
+    derived = [line for line in lines if line.number.binding.kind == "derived" and line.measure]
+    said = (
+        "Numbers made from several cells, or from more than who is right, have no strongest attack"
+        " and no verdict."
+    )
+    return [said] if derived else []
+
+
+def _other_settings(lines: Sequence[Line]) -> list[str]:
+    """That what stands beside attacks from afar is stronger by knowing more."""
+    beside = [line for line in lines if line.strongest]
+    afar = [line for line in beside if line.cells[0].setting.kind in ("transfer", "blackbox")]
+    said = (
+        "The strongest attack beside a transfer or black-box attack is one of an attacker who knows"
+        " the defense."
+    )
+    return [said] if afar else []
 
 
 def _flags(lines: Sequence[Line]) -> list[str]:
@@ -143,6 +173,15 @@ def rule(claim: Claim) -> str:
     if claim.order:
         name = "positive"
     words = RULES.get(name, claim.holds).format(limit or MARGIN)
+    if claim.most or claim.least:
+        which = "largest" if claim.most else "smallest"
+        return f"of the {which} of {len(claim.most or claim.least)} differences: {words}"
+    if claim.count:
+        return f"of how many are below {claim.count.below:g}: {words}"
+    if claim.curve and claim.curve.left is not None:
+        words = (
+            f"of the first x where {claim.curve.left:g} or less is left, first over second: {words}"
+        )
     return f"{claim.curve.figure}: {words}" if claim.curve else words
 
 
