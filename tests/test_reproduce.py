@@ -194,7 +194,7 @@ def test_any_length_is_the_whole_box():
 
 def judged(claim, measures):
     """A claim about numbers with these measures, by path."""
-    numbers = {path: number for path, number in zip("ab", load("enresnet").numbers(), strict=False)}
+    numbers = dict(zip(measures, load("enresnet").numbers(), strict=False))
 
     def line_of(path):
         number = numbers[path]._replace(binding=bound("mean-distance"))
@@ -236,6 +236,9 @@ CURVES = {
     [
         ({"number": "a", "value": 52}, "yes"),
         ({"number": "a", "value": 60}, "no"),
+        ({"number": "wide", "value": 5}, "undecided"),
+        ({"number": "wide", "value": 30}, "yes"),
+        ({"number": "wide", "value": 40}, "no"),
         ({"number": "a", "value": "~56"}, "yes"),
         ({"number": "a", "value": "O(K^2)"}, "undecided"),
         ({"number": "a", "holds": "below:60"}, "yes"),
@@ -288,6 +291,7 @@ CURVES = {
 )
 def test_whether_a_claim_holds(claim, holds):
     measures = {"a": measure(0.52, 0.49, 0.55), "b": measure(0.3, 0.27, 0.33)}
+    measures["wide"] = measure(0.1, 0.02, 0.31)
     assert judged(claim, measures).holds == holds
 
 

@@ -225,14 +225,17 @@ def _beyond(low: float, high: float, limit: float) -> str:
 
 def _near(printed: Printed, low: float, high: float) -> str:
     """Whether what is printed - `~0.27M x 2`, 85.62 - can be the number behind an interval; a unit
-    of its last digit is what it was rounded to."""
+    of its last digit is what it was rounded to. An interval that is wider than the number is long
+    says little of it."""
     match = re.fullmatch(r"(~?)\s*([-+]?\d+(?:\.(\d+))?)([kmM]?)(?: x (\d+))?", str(printed))
     if match is None:
         return "undecided"
     size = {"k": 1e3, "m": 1e6, "M": 1e6}.get(match[4], 1.0) * int(match[5] or 1)
     value, unit = size * float(match[2]), size * 10.0 ** -len(match[3] or "")
     slack = unit if match[1] else unit / 2
-    return "yes" if low - slack <= value <= high + slack else "no"
+    if not low - slack <= value <= high + slack:
+        return "no"
+    return "yes" if high - low <= max(abs(value), 2 * MARGIN) else "undecided"
 
 
 def _ordered(pairs: Sequence[tuple[Line, Line]]) -> tuple[str, str]:
