@@ -25,6 +25,7 @@ from robbench.checkpoints import Shelf, key_of
 from robbench.cli import main
 from robbench.datasets import load as dataset
 from robbench.datasets.dataset import first
+from robbench.datasets.described import described
 from robbench.defense import resolve
 from robbench.errors import InputError
 from robbench.executors import measure as measure_cells
@@ -45,6 +46,7 @@ from robbench.threat import Threat
 
 BOUND = {"dataset": "digits", "defense": "standard", "attack": "pgd", "norm": "linf", "eps": "0.1"}
 N = 40
+NEAR = "the published value lies in the interval, which is no longer than it or than 4"
 
 
 def record(right, seed=0, draws=1, **arrays):
@@ -214,7 +216,13 @@ def curve(x, y, half=float("nan")):
     return [claims.Point(*each, each[1] - half, each[1] + half) for each in zip(x, y, strict=True)]
 
 
+def limit(first, second):
+    return {"figure": "f", "series": [first, second], "left": 0.1}
+
+
+ONE = {"figure": "f", "series": ["up"]}
 CURVES = {
+    "single": curve([0], [0.1]),
     "up": curve([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.5]),
     "down": curve([3, 2, 1, 0], [0.1, 0.2, 0.4, 0.5]),
     "hill": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2]),
@@ -222,6 +230,8 @@ CURVES = {
     "vague flat": curve([0, 1, 2, 3], [0.1, 0.1, 0.1, 0.1], half=0.5),
     "gap": curve([0, 1, 2, 3], [0.1, 0.2, float("nan"), 0.5]),
     "near": curve([1, 2, 4, 8], [0.5, 0.05, 0, 0], half=0.02),
+    "unsure": curve([1, 2, 4, 8], [0.5, 0.05, 0, 0], half=0.2),
+    "never": curve([1, 2, 4, 8], [0.5, 0.5, 0.5, 0.5], half=0.02),
     "far": curve([1, 2, 4, 8], [0.5, 0.4, 0.3, 0.05], half=0.02),
     "sure": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2], half=0.05),
     "vague": curve([0, 1, 2, 3], [0.1, 0.6, 0.5, 0.2], half=0.5),
@@ -281,8 +291,17 @@ CURVES = {
         ({"curve": {"figure": "f", "series": ["vague flat"]}, "holds": "below:0.2"}, "undecided"),
         ({"curve": {"figure": "f", "series": ["sure"]}, "value": 0.35}, "yes"),
         ({"curve": {"figure": "f", "series": ["sure"]}, "value": 0.5}, "no"),
-        ({"curve": {"figure": "f", "series": ["far", "near"], "left": 0.1}, "value": "~4"}, "yes"),
-        ({"curve": {"figure": "f", "series": ["far", "near"], "left": 0.1}, "value": 8}, "no"),
+        ({"curve": limit("far", "near"), "value": "~4"}, "yes"),
+        ({"curve": limit("far", "near"), "value": 8}, "no"),
+        ({"curve": limit("never", "unsure"), "value": 8}, "undecided"),
+        ({"curve": limit("never", "unsure"), "holds": "above:2"}, "undecided"),
+        ({"curve": limit("unsure", "never"), "value": "~4"}, "undecided"),
+        ({"curve": limit("never", "never"), "value": 8}, "not defined here"),
+        ({"least": [["a", "b"], ["wide", "b"]], "holds": "above:-25"}, "undecided"),
+        ({"most": [["a", "nan"], ["a", "b"]], "holds": "positive"}, "not defined here"),
+        ({"count": {"of": ["a", "nan"], "below": 60}, "value": 1}, "not defined here"),
+        ({"order": [[["nan", "a"], "b"]]}, "yes"),
+        ({"order": [["nan", "b"]]}, "undecided"),
         ({"number": "a", "value": "~0.26 x 200"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up", "flat"]}, "holds": "widens"}, "yes"),
         ({"curve": {"figure": "f", "series": ["up", "up"]}, "holds": "widens"}, "no"),
@@ -291,7 +310,7 @@ CURVES = {
 )
 def test_whether_a_claim_holds(claim, holds):
     measures = {"a": measure(0.52, 0.49, 0.55), "b": measure(0.3, 0.27, 0.33)}
-    measures["wide"] = measure(0.1, 0.02, 0.31)
+    measures |= {"wide": measure(0.1, 0.02, 0.31), "nan": measure(np.nan, np.nan, np.nan)}
     assert judged(claim, measures).holds == holds
 
 
@@ -354,6 +373,10 @@ def test_runs_are_attacks_or_trainings():
 
 
 def test_a_claim_without_a_measure_says_why():
+    assert "two series" in judged({"curve": ONE, "holds": "widens"}, {}).holds
+    assert "did you mean 'rises'" in judged({"curve": ONE, "holds": "risse"}, {}).holds
+    single = {"figure": "f", "series": ["single"]}
+    assert "two of them" in judged({"curve": single, "holds": "positive"}, {}).holds
     assert judged({"number": "a", "value": 1}, {"a": None}).holds == ""
     unknown = judged({"curve": {"figure": "f", "series": ["ups"]}, "holds": "rises"}, {})
     assert "unknown series 'ups'" in unknown.holds
@@ -484,7 +507,7 @@ def test_claims_that_nothing_was_measured_for_say_so(robbench, out):
 @pytest.mark.parametrize(
     ("claim", "words"),
     [
-        ({"number": "a", "value": 2}, "the published value lies in the interval"),
+        ({"number": "a", "value": 2}, NEAR),
         ({"number": "a", "holds": "above:1.5"}, "more than 1.5"),
         ({"number": "a", "holds": "below:5"}, "less than 5"),
         ({"differ": ["a", "b"], "holds": "zero"}, "within ±2"),
@@ -494,15 +517,16 @@ def test_claims_that_nothing_was_measured_for_say_so(robbench, out):
         ({"curve": {"figure": "f", "series": ["up"]}, "holds": "zero:3"}, "f: within ±3"),
         (
             {"most": [["a", "b"], ["b", "c"]], "value": 2},
-            "of the largest of 2 differences: the published value lies in the interval",
+            f"of the largest of 2 differences: {NEAR}",
         ),
         (
             {"count": {"of": ["a", "b"], "below": 50}, "value": 2},
-            "of how many are below 50: the published value lies in the interval",
+            f"of how many are below 50: {NEAR}",
         ),
         (
             {"curve": {"figure": "f", "series": ["up", "down"], "left": 1}, "holds": "above:2"},
-            "f: of the first x where 1 or less is left, first over second: more than 2",
+            "f: the first x where 1 or less is left, of the first curve over that of the second:"
+            " more than 2",
         ),
         ({"text": "a setting"}, ""),
     ],
@@ -923,3 +947,25 @@ def test_show_says_what_is_stale_in_a_line(robbench, tmp_path):
     part.costs.file.write_text("[1]")
     code, out, err = robbench(*call)
     assert (code, out, err.count("\n")) == (2, "", 1) and "delete the file" in err
+
+
+def test_suites_and_probes_are_run_for_tables_alone():
+    def told(name):
+        return described(name, "0" * 64)
+
+    def attacks(what):
+        return {cell.attack for cell in part_of(what, "cpu", Path("nowhere"), told).cells()}
+
+    beside = {"strongest(budget=smoke)", "probe"}
+    assert not attacks("pdd:claims") & beside
+    assert attacks("pdd:table4_type1") > beside
+
+
+def test_a_footnote_says_where_the_strongest_attack_sees_more():
+    def line(own, strongest):
+        cell, other = (SimpleNamespace(setting=Setting(kind=kind)) for kind in (own, strongest))
+        return SimpleNamespace(cells=[cell], strongest=SimpleNamespace(cell=other))
+
+    assert wording._other_settings([line("blackbox", "adaptive")])
+    assert not wording._other_settings([line("blackbox", "blackbox")])
+    assert not wording._other_settings([line("whitebox", "adaptive")])

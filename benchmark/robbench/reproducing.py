@@ -90,7 +90,8 @@ class Part:
         """The cells of the part with the probes that verdicts need."""
         cells = self.reproduction.plan(self.numbers(), self.tables)
         cells += self.figures.cells()
-        looked = probes(cells, lambda name: len(self.load(name).test.y))
+        shown = cells if self.tables else []  # nothing else has verdicts
+        looked = probes(shown, lambda name: len(self.load(name).test.y))
         return list({cell.id: cell for cell in (*cells, *looked)}.values())
 
     def trainings(self, shelf: Shelf | None = None) -> list[Training]:

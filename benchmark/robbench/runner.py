@@ -38,7 +38,7 @@ from robbench.threat import within
 from robbench.training import Progress, derive
 
 KEPT = 8  # deployed defenses that a process holds; the others are loaded again
-FAILURES = (InputError, Violation, RuntimeError)  # of input, attacks, training, memory; else a bug
+FAILURES = (InputError, Violation, RuntimeError, MemoryError)  # anything else is a bug
 SHARD = 250  # images of one unit of work, fewer where they are large
 
 

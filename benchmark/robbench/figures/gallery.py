@@ -96,11 +96,10 @@ class Gallery:
                 elif self._outdated(name, shared.shelf):
                     self._compute(figure, data, shared, known)
                 plot = _drawing(figure).plot(figures.read(data), figure.arguments)
+                figures.caption(plot, self._measured_on(name))
+                figures.save(plot, data)
             except FAILURES as error:
                 failed.append(f"{name} is not drawn: {explained(error)}")
-                continue
-            figures.caption(plot, self._measured_on(name))
-            figures.save(plot, data)
         return failed
 
     def _from_records(self, figure: Figure, known: Known) -> Rows:
@@ -129,11 +128,12 @@ class Gallery:
         if not grounds:
             return ""
         datasets, networks, n, epochs = stated(grounds)
-        draws = {part.draws for _, defense, _ in grounds for part in resolve(defense)} - {1}
+        parts = [part for _, defense, _ in grounds for part in resolve(defense)]
+        draws = {part.draws for part in parts if part.random}
         said = [
             datasets,
             networks,
-            f"draws: {'; '.join(map(str, sorted(draws)))}" if draws else "",
+            f"draws: {'; '.join(map(str, sorted(draws)))}" if draws - {1} else "",
             f"n = {n}" if n else "",
             f"epochs: {epochs}" if epochs else "",
         ]

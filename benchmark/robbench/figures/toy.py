@@ -171,7 +171,7 @@ def _toy_rows(
                 for found, _ in runs
             ]
             low, high = statistics.runs(distances)
-            shown = {"y": sum(distances) / len(distances), "low": low, "high": high}
+            shown = {"y": sum(distances) / len(distances), "low": max(0.0, low), "high": high}
             rows.append(
                 {
                     **shared,
@@ -269,4 +269,4 @@ def _ended(axis: Any, rows: Rows) -> None:
         axis.plot(*spots["centre"].T, "X", color="black", markerfacecolor="white", markersize=6)
 
 
-drawings.add("mmc-toy", Drawing(_toy_data, _toy_plot, defenses=("center-loss", "mmc"), version=2))
+drawings.add("mmc-toy", Drawing(_toy_data, _toy_plot, defenses=("center-loss", "mmc"), version=3))

@@ -86,7 +86,7 @@ def _curves_data(sources: Sources, arguments: Fields) -> Rows:
                 suffix = f" {part}" if len(made.parts) > 1 else ""
                 for epoch, found in _course(sources, learner, part):
                     values = [100 * value for value in found]
-                    low, high = statistics.runs(values) if len(values) > 1 else ("", "")
+                    spread = statistics.runs(values) if len(values) > 1 else None
                     rows.append({
                         "panel": panel.name,
                         "series": learner.name + suffix + behind,
@@ -95,8 +95,8 @@ def _curves_data(sources: Sources, arguments: Fields) -> Rows:
                         "part": part,
                         "x": epoch,
                         "y": sum(values) / len(values),
-                        "low": low,
-                        "high": high,
+                        "low": max(0.0, spread.low) if spread else "",
+                        "high": min(100.0, spread.high) if spread else "",
                     })  # fmt: skip
     return rows
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr, ttest_1samp
+from scipy.stats import spearmanr
 
 from robbench import statistics
 from robbench.defense import with_preset
@@ -40,7 +40,7 @@ Series = Mapping[str, Sequence[Point]]
 
 class Judged(NamedTuple):
     """A claim beside its counterpart. measured: in words; holds: yes, no, undecided, or why not;
-    lines: of the counterparts, none for text and curves; behind: what those of a curve were
+    lines: of the counterparts, none for text and curves; behind: all that the figure of a curve was
     measured on."""
 
     claim: Claim
@@ -87,6 +87,8 @@ def judge(
         missing = [line for line in asked if line.measure is None]
         if missing:
             return Judged(claim, "", missing[0].why, asked)
+        if (claim.most or claim.least or claim.count) and any(map(_undefined, asked)):
+            return Judged(claim, "n.a.", "not defined here", asked)
         return Judged(claim, *_of_numbers(claim, lambda each: lines[_path(each)]), asked)
     except InputError as error:
         return Judged(claim, "", str(error))
@@ -106,6 +108,8 @@ def _of_numbers(claim: Claim, line: Callable[[Counterpart], Line]) -> tuple[str,
         found = [(difference(line(a), line(b)), line(a)) for a, b in pairs]
         extreme = min if claim.least else max
         measure, first = extreme(found, key=lambda pair: pair[0].value)
+        bounds = zip(*(_sure(each) for each, _ in found), strict=True)
+        measure = Measure(measure.value, Interval(*map(extreme, bounds)))
         return _points(measure, first.unit), _holds(claim, measure, _factor(first))
     only = line(claim.number or claim.bind)
     assert only.measure is not None
@@ -120,6 +124,8 @@ def _of_curve(claim: Claim, curve: Curve, named: Series) -> tuple[str, str]:
         measure = _ratio(*(_limit(points, curve.left) for points in found))
         low, high = measure.interval
         return f"{measure.value:.3g} ({low:.3g} to {high:.3g})", _holds(claim, measure, 1.0)
+    if len(found) < 2 and claim.holds == "widens":
+        raise InputError("two series are needed for a gap that widens")
     points = _gaps(found) if len(found) > 1 else [_at(point) for point in found[0]]
     if claim.holds in TRENDS:
         return _shown_curve(points), _trend(claim.holds, points)
@@ -215,7 +221,8 @@ def _holds(claim: Claim, measure: Measure, factor: float) -> str:
         return _beyond(low, high, float(limit or 0))
     if rule in ("negative", "below"):
         return _beyond(-high, -low, -float(limit or 0))
-    known = ("near", "zero:X", "positive", "negative", "above:X", "below:X")
+    known = ["near", "zero:X", "positive", "negative", "above:X", "below:X"]
+    known += TRENDS if claim.curve else ()
     raise unknown("rule of a claim", claim.holds, known)
 
 
@@ -250,8 +257,14 @@ def _ordered(pairs: Sequence[tuple[Line, Line]]) -> tuple[str, str]:
     return text, "yes" if clear == len(found) else "no" if against else "undecided"
 
 
+def _undefined(line: Line) -> bool:
+    return line.measure is None or math.isnan(line.measure.value)
+
+
 def _largest(lines: Sequence[Line]) -> Line:
-    return max(lines, key=lambda line: line.measure.value if line.measure else -math.inf)
+    """The one with the largest number that is defined."""
+    known = [line for line in lines if not _undefined(line)] or lines
+    return max(known, key=lambda line: line.measure.value if line.measure else -math.inf)
 
 
 def _counted(claim: Claim, lines: Sequence[Line], below: float) -> tuple[str, str]:
@@ -290,7 +303,7 @@ def _at(point: Point) -> Measure:
 
 def _gaps(found: Sequence[Sequence[Point]]) -> list[Measure]:
     """First - second at each x, from their own intervals."""
-    if len(found) != 2 or [point.x for point in found[0]] != [point.x for point in found[1]]:
+    if [point.x for point in found[0]] != [point.x for point in found[1]]:
         raise InputError("two series at the same x are needed to compare them")
     return [apart(_at(one), _at(other)) for one, other in zip(*found, strict=True)]
 
@@ -298,11 +311,12 @@ def _gaps(found: Sequence[Sequence[Point]]) -> list[Measure]:
 def _mean(curve: Sequence[Measure]) -> Measure:
     """The mean over points. Its interval: the mean of theirs, as points on the same images err
     together; of points without one the t interval over points."""
+    if len(curve) < 2:
+        raise InputError("a mean over points needs two of them")
     values = np.array([measure.value for measure in curve])
     bounds = np.array([measure.interval for measure in curve])
     if np.isnan(bounds).any():
-        low, high = ttest_1samp(values, 0.0).confidence_interval(0.95)
-        return Measure(float(values.mean()), Interval(float(low), float(high)))
+        return Measure(float(values.mean()), statistics.runs(values))
     low, high = bounds.mean(axis=0)
     return Measure(float(values.mean()), Interval(float(low), float(high)))
 
@@ -319,11 +333,13 @@ def _limit(points: Sequence[Point], left: float) -> Measure:
 
 
 def _ratio(first: Measure, second: Measure) -> Measure:
-    """First / second of two limits; nan where both lie beyond the points."""
+    """First / second of two limits; nan where both lie beyond the points, and a bound that is none
+    where both bounds do."""
     (x, (x_low, x_high)), (y, (y_low, y_high)) = first, second
     with np.errstate(divide="ignore", invalid="ignore"):
         value, low, high = np.divide((x, x_low, x_high), (y, y_high, y_low)).tolist()
-    return Measure(value, Interval(low, high))
+    none = Interval(0.0 if math.isnan(low) else low, math.inf if math.isnan(high) else high)
+    return Measure(value, none)
 
 
 def _trend(rule: str, curve: Sequence[Measure]) -> str:

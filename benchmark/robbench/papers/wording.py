@@ -26,7 +26,8 @@ SCALED = {
 HEADS = ["", "published", "measured", "strongest", "verdict"]
 MADE = ["dataset", "networks", "n", "epochs"]
 RULES = {
-    "near": "the published value lies in the interval",
+    "near": "the published value lies in the interval, which is no longer than it or than"
+    f" {2 * MARGIN}",
     "zero": "within ±{}",
     "positive": "more than 0",
     "negative": "less than 0",
@@ -137,21 +138,23 @@ def _bare(lines: Sequence[Line]) -> list[str]:
     """Why numbers that are derived from attacks have no verdict."""
     derived = [line for line in lines if line.number.binding.kind == "derived" and line.measure]
     said = (
-        "Numbers made from several cells, or from more than who is right, have no strongest attack"
-        " and no verdict."
+        "Numbers made of several cells, or of more than right and wrong answers, have no strongest"
+        " attack and no verdict."
     )
     return [said] if derived else []
 
 
 def _other_settings(lines: Sequence[Line]) -> list[str]:
-    """That what stands beside attacks from afar is stronger by knowing more."""
-    beside = [line for line in lines if line.strongest]
-    afar = [line for line in beside if line.cells[0].setting.kind in ("transfer", "blackbox")]
-    said = (
-        "The strongest attack beside a transfer or black-box attack is one of an attacker who knows"
-        " the defense."
+    """That what stands beside attacks from afar may be stronger by knowing more."""
+    afar, said = ("transfer", "blackbox"), "Beside a transfer or black-box attack"
+    nearer = any(
+        line.cells[0].setting.kind in afar and line.strongest.cell.setting.kind not in afar
+        for line in lines
+        if line.strongest
     )
-    return [said] if afar else []
+    return (
+        [f"{said} the strongest one may be of an attacker who has the defense."] if nearer else []
+    )
 
 
 def _flags(lines: Sequence[Line]) -> list[str]:
@@ -179,9 +182,8 @@ def rule(claim: Claim) -> str:
     if claim.count:
         return f"of how many are below {claim.count.below:g}: {words}"
     if claim.curve and claim.curve.left is not None:
-        words = (
-            f"of the first x where {claim.curve.left:g} or less is left, first over second: {words}"
-        )
+        left = f"the first x where {claim.curve.left:g} or less is left"
+        words = f"{left}, of the first curve over that of the second: {words}"
     return f"{claim.curve.figure}: {words}" if claim.curve else words
 
 
