@@ -51,6 +51,9 @@ def reproduce_command(**options: Any) -> None:
     if options["what"] is None:
         if options["form"] != "text":
             raise InputError(f"--format {options['form']} of what? write PAPER or PAPER:PART")
+        for name in ("estimate", "show"):
+            if options[name]:
+                raise InputError(f"--{name} what? write PAPER or PAPER:PART")
         from robbench.papers.listing import listing
 
         click.echo(listing())

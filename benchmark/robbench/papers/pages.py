@@ -93,7 +93,7 @@ def _listed(notes: Sequence[str]) -> list[str]:
 
 
 def _attacked(line: Line) -> str:
-    if not line.cells:
+    if not line.cells or line.number.binding.measure.startswith("clean"):
         return ""
     cell = line.cells[0]
     setting = cell.setting.model_copy(update={"suite": ""})
@@ -178,7 +178,7 @@ def _figures(
             yield f"**{name}**: {figure.shows}. Not drawn: {figure.reason}."
             continue
         file = f"{paper.key}/{name}.{scale}"
-        taken = f", computed in {_hours(took[name])}" if name in took else ""
+        taken = f", computed in {_hours(took[name])}" if took.get(name, 0) >= 1 else ""
         yield f"**{name}**: {figure.shows}. [Data]({file}.csv){taken}, [SVG]({file}.svg)."
         yield f"![{figure.shows}]({file}.png)"
         yield "\n".join(f"- {note}" for note in figure.notes)

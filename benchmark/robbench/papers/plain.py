@@ -26,6 +26,7 @@ def flat_table(
 def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
     """A number with all that is known of it."""
     cell = line.cells[0] if line.cells else None
+    attacked = cell if cell and not line.number.binding.measure.startswith("clean") else None
     measure, strongest = line.measure, line.strongest
     least = measured(strongest, line.number.binding.measure) if strongest else None
     return {
@@ -47,11 +48,11 @@ def flat(paper: Paper, scale: str, line: Line) -> dict[str, Any]:
         "reason": line.why,
         **dict(zip(MADE, stated(line.behind), strict=True)),
         "defense": cell.defense if cell else "",
-        "attack": cell.attack if cell else "",
-        "norm": cell.threat.norm if cell else "",
-        "eps": format_eps(cell.threat.eps) if cell else "",
-        "target": str(cell.threat.target) if cell else "",
-        "setting": str(cell.setting) if cell else "",
+        "attack": attacked.attack if attacked else "",
+        "norm": attacked.threat.norm if attacked else "",
+        "eps": format_eps(attacked.threat.eps) if attacked else "",
+        "target": str(attacked.threat.target) if attacked else "",
+        "setting": str(attacked.setting) if attacked else "",
         "cells": _ids([line]),
         "seconds": round(line.seconds, 1),
     }

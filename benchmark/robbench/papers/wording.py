@@ -19,8 +19,8 @@ from robbench.papers.reproduction import (
 
 SCALED = {
     "smoke": "digits, tiny networks, one epoch: shows that everything runs, and nothing else",
-    "cpu": "small networks on subsets, for hours of a CPU: numbers are those of other networks and"
-    " other images than the paper's",
+    "cpu": "small networks (quick: ResNet-8 of width 8) on subsets, for hours of a CPU: numbers are"
+    " those of other networks and other images than the paper's",
     "paper": "the paper's own data sets, networks and epochs",
 }
 HEADS = ["", "published", "measured", "strongest", "verdict"]
@@ -207,16 +207,20 @@ def _unmeasurable(judged: Judged) -> bool:
 
 def summary(judged: Sequence[Judged]) -> str:
     """How many claims hold, in one line."""
-    counted = {word: sum(each.holds == word for each in judged) for word in ("yes", "no")}
+    counted = {word: [each for each in judged if each.holds == word] for word in ("yes", "no")}
+    levels = {
+        word: sum(each.claim.value is not None and each.claim.holds == "near" for each in found)
+        for word, found in counted.items()
+    }
     open_ones = sum(each.holds in ("undecided", "not defined here") for each in judged)
     bare = sum(map(_unmeasurable, judged))
     missing = sum(not each.measured and not _unmeasurable(each) for each in judged)
-    apart = len(judged) - sum(counted.values()) - open_ones - bare - missing
+    apart = len(judged) - sum(map(len, counted.values())) - open_ones - bare - missing
     said = [
-        f"{counted['yes']} hold at this scale",
-        f"{counted['no']} do not",
+        f"{len(counted['yes'])} hold at this scale ({levels['yes']} of them printed levels)",
+        f"{len(counted['no'])} do not ({levels['no']} of them levels)",
         f"{open_ones} are not decided by so few images",
-        *([f"{apart} are levels of other networks or machines"] if apart else []),
+        *([f"{apart} are costs of other networks or machines"] if apart else []),
         *([f"{missing} are not measured"] if missing else []),
         f"{bare} have no measured counterpart",
     ]
